@@ -1,0 +1,1 @@
+"""One benchmark command, and what it compares with."""

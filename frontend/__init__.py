@@ -1,0 +1,1 @@
+"""Doors in: a model on disk becomes the imported form."""

@@ -1,0 +1,1 @@
+"""Meaning: what a program says. Semantic ops, the four forms, reference evaluation, printing and diffing."""

@@ -1,0 +1,1 @@
+"""Change: IRModule to IRModule, up to the ragged form."""

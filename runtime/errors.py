@@ -1,0 +1,5 @@
+"""What can go wrong when an artifact is loaded or run."""
+
+
+class ArtifactError(Exception):
+    """Not an artifact, damaged, of another format or ABI version, or not for this machine."""
