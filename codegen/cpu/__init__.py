@@ -1,0 +1,1 @@
+"""Kernel templates for CPUs, written over the facts of a target."""
