@@ -1,0 +1,101 @@
+"""Run the stages: the one place where passes are timed, checked, reported and dumped."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import tvm
+from llmc.ir.errors import CompileError, FormError
+from llmc.ir.text import diff
+from llmc.passes.goal import Goal
+from llmc.passes.pipeline import PIPELINE, Pass, Stage
+from tvm import relax
+
+__all__ = ["Hook", "Result", "run"]
+
+Hook = Callable[[int, Pass, tvm.IRModule, tvm.IRModule], None]
+
+
+class Result(NamedTuple):
+    """What came out, and a record: [{"name", "seconds", "passes": [{"name", "seconds", "changed"}]}]."""
+
+    module: tvm.IRModule
+    stages: list[dict]
+
+
+def run(
+    module: tvm.IRModule,
+    goal: Goal,
+    *,
+    stages: Iterable[Stage] = PIPELINE,
+    on_pass: Hook | Iterable[Hook] | None = None,
+    check: bool | str = True,
+) -> Result:
+    """Runs the passes of `stages` in order.
+
+    on_pass(index, pass, before, after), or several such, are called after every pass, changed or not; index counts
+    from 1 over all stages. check: True checks the form after every stage; "pass" checks also that the module is well
+    formed after every pass; False checks nothing. A CompileError raised by a pass, a hook or a check leaves with its
+    `stage` and `pass_name` set.
+
+    LLMC_DEBUG=1 prints stages with their times to stderr, 2 also passes, 3 also the diff of every pass (4: kernel
+    sources, in codegen).
+    """
+    hooks = [on_pass] if callable(on_pass) else list(on_pass or ())
+    level = debug_level()
+    record: list[dict] = []
+    index = 0
+    for stage in stages:
+        entry = {"name": stage.name, "seconds": 0.0, "passes": []}
+        record.append(entry)
+        current: Pass | None = None
+        try:
+            for current in stage.passes:
+                index += 1
+                before, start = module, time.perf_counter()
+                module = current.run(before, goal)
+                seconds = time.perf_counter() - start
+                changed = not module.same_as(before)
+                entry["seconds"] += seconds
+                entry["passes"].append({"name": current.name, "seconds": round(seconds, 4), "changed": changed})
+                if level >= 2:
+                    log(f"  {current.name}: {seconds:.3f} s{'' if changed else ' (unchanged)'}")
+                if level >= 3 and changed:
+                    log(diff(before, module, current.name))
+                if check == "pass":
+                    check_well_formed(module)
+                for hook in hooks:
+                    hook(index, current, before, module)
+            if check:
+                stage.form(module)
+        except CompileError as error:
+            error.stage = error.stage or stage.name
+            error.pass_name = error.pass_name or (current.name if current else None)
+            raise
+        entry["seconds"] = round(entry["seconds"], 4)
+        if level >= 1:
+            log(f"stage {stage.name}: {entry['seconds']:.3f} s")
+    return Result(module, record)
+
+
+def check_well_formed(module: tvm.IRModule) -> None:
+    """TVM's own rules: every variable defined once and before its use, types that agree."""
+    try:
+        relax.analysis.well_formed(module)
+    except (ValueError, RuntimeError, TypeError, tvm.error.TVMError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise FormError(f"expected a well-formed module, found: {reason}") from error
+
+
+def debug_level() -> int:
+    """LLMC_DEBUG as a number; 0 where it is unset or no number."""
+    value = os.environ.get("LLMC_DEBUG", "")
+    return int(value) if value.isdigit() else 0
+
+
+def log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

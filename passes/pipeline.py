@@ -1,0 +1,33 @@
+"""The order of the passes, as data: from what a door produced to the ragged form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import tvm
+from llmc.passes.goal import Goal
+
+__all__ = ["PIPELINE", "Pass", "Stage"]
+
+
+class Pass(Protocol):
+    """A small frozen dataclass with a name. A pass that does not apply returns the module unchanged."""
+
+    @property
+    def name(self) -> str: ...
+
+    def run(self, module: tvm.IRModule, goal: Goal) -> tvm.IRModule: ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Passes that together bring a module into a form; `form` raises FormError where it is not in it."""
+
+    name: str
+    passes: tuple[Pass, ...]
+    form: Callable[[tvm.IRModule], None]
+
+
+PIPELINE: tuple[Stage, ...] = ()
