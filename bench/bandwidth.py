@@ -1,7 +1,7 @@
 """This machine's read bandwidth, measured with what every machine has: the C library's memchr on all cores.
 
-memchr for a byte that does not occur reads every cache line once, in order, with the widest loads of the machine. ctypes
-releases the interpreter lock, so threads read side by side. The buffer is far larger than the caches.
+memchr for a byte that does not occur reads every cache line once, in order, with the widest loads of the machine.
+ctypes releases the interpreter lock, so threads read side by side. The buffer is far larger than the caches.
 """
 
 import ctypes

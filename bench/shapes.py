@@ -63,7 +63,7 @@ SHAPES = {
 
 
 def write(shape: str, folder: Path) -> Path:
-    """Write config.json, model.safetensors (bf16, normal with deviation 0.02, norms of one) and a word-level tokenizer."""
+    """Write config.json, model.safetensors (bf16, deviation 0.02, norms of one) and a word-level tokenizer."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -86,9 +86,7 @@ def write(shape: str, folder: Path) -> Path:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = dict(
-        tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    settings = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 

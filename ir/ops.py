@@ -60,9 +60,9 @@ def attention(
     """Causal attention of one sequence: softmax(scale · q kᵀ) v, row by row.
 
     q [n, h, d], k [n, g, d], v [n, g, e], sinks [h] -> [n, h, e] in q's dtype; head i reads group i // (h / g); float32
-    inside. `softcap` c > 0 replaces a score s by c · tanh(s / c). Token i sees j ≤ i; of those, with `window` w > 0 only
-    i - j < w, with `chunk` c > 0 only i // c = j // c. A sink is one more score of its head, which takes weight and
-    gives no value.
+    inside. `softcap` c > 0 replaces a score s by c · tanh(s / c). Token i sees j ≤ i; of those, with `window` w > 0
+    only i - j < w, with `chunk` c > 0 only i // c = j // c. A sink is one more score of its head, which takes
+    weight and gives no value.
     """
 
     def meaning(emit, q, k, v, sinks=None):

@@ -14,11 +14,18 @@ __version__ = _version("llmc")
 _HOMES = {
     "ArtifactError": "llmc.runtime.errors",
     "CompileError": "llmc.ir.errors",
+    "compile": "llmc.compiler",
+    "inspect": "llmc.inspection",
+    "load": "llmc.runtime.model",
+    "schemes": "llmc.inspection",
+    "verify": "llmc.inspection",
 }
-__all__ = [*_HOMES, "__version__"]
+__all__ = [*_HOMES, "__version__", "targets"]
 
 
 def __getattr__(name: str):
+    if name == "targets":  # a room that can be called: llmc.targets()
+        return import_module("llmc.targets")
     if name not in _HOMES:
         raise AttributeError(f"module 'llmc' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

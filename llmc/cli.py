@@ -1,4 +1,7 @@
-"""The command line. Results go to stdout, progress and logs to stderr; exit code 2 means wrong usage or input, 1 anything else."""
+"""The command line. Results go to stdout, progress and logs to stderr.
+
+Exit codes: 0 done; 2 wrong usage or input; 1 anything else.
+"""
 
 import json
 import os
@@ -32,19 +35,29 @@ def print_json(value: Any) -> None:
     "llmc compile llama/ --verify --dump passes/"
 )
 def compile(
-    source: Annotated[str, typer.Argument(help="A Hugging Face folder, a .safetensors in it or its index, or a hub id.")],
+    source: Annotated[
+        str, typer.Argument(help="A Hugging Face folder, a .safetensors in it or its index, or a hub id.")
+    ],
     target: Annotated[str, typer.Option(help="Targets, joined by commas: cpu, cpu:x86-64-v3, …")] = "cpu",
     host: Annotated[str | None, typer.Option(help="Machine that will load the artifact; default: this one.")] = None,
     quantize: Annotated[str | None, typer.Option(help="Name of a quantization scheme.")] = None,
-    kv_cache: Annotated[str | None, typer.Option(help="Cache dtype: int8 or fp8; default: the activations' dtype.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write; default: NAME.llmc here.")] = None,
+    kv_cache: Annotated[
+        str | None, typer.Option(help="Cache dtype: int8 or fp8; default: the activations' dtype.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder to write; default: NAME.llmc here.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing artifact.")] = False,
-    max_context: Annotated[int | None, typer.Option(help="Longest sequence to serve; default: the model's own.")] = None,
+    max_context: Annotated[
+        int | None, typer.Option(help="Longest sequence to serve; default: the model's own.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="Compute dtype of activations: float32, bfloat16, float16.")] = None,
     weights: Annotated[str, typer.Option(help="'load', or 'random': seeded, made at load, never stored.")] = "load",
     calibrate: Annotated[Path | None, typer.Option(help="Text for calibrated quantization.")] = None,
     quality: Annotated[Path | None, typer.Option(help="Text on which the quantized model is measured.")] = None,
-    verify: Annotated[bool, typer.Option(help="Evaluate the program after every pass against the imported one.")] = False,
+    verify: Annotated[
+        bool, typer.Option(help="Evaluate the program after every pass against the imported one.")
+    ] = False,
     dump: Annotated[Path | None, typer.Option(help="Write a diff of every pass into this folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a report as JSON.")] = False,
 ) -> None:
@@ -84,7 +97,9 @@ def compile(
 def run(
     artifact: Annotated[Path, typer.Argument(help="An artifact that llmc compile wrote.")],
     prompt: Annotated[str | None, typer.Argument(help="Default: standard input, or a chat on a terminal.")] = None,
-    target: Annotated[str | None, typer.Option(help="One of the artifact's targets; default: the best one here.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="One of the artifact's targets; default: the best one here.")
+    ] = None,
     cache_tokens: Annotated[int | None, typer.Option(help="Size of the page pool in tokens.")] = None,
     chat: Annotated[bool, typer.Option(help="Put the prompt through the model's chat template.")] = False,
     stats: Annotated[bool, typer.Option(help="Print token counts and speeds to stderr.")] = False,
@@ -171,7 +186,9 @@ def targets(as_json: Annotated[bool, typer.Option("--json", help="Print the list
 @app.command(epilog="[bold]Example[/]\n\nllmc bench model.llmc --batch 8 --context 2048")
 def bench(
     artifact: Annotated[Path, typer.Argument(help="An artifact that llmc compile wrote.")],
-    target: Annotated[str | None, typer.Option(help="One of the artifact's targets; default: the best one here.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="One of the artifact's targets; default: the best one here.")
+    ] = None,
     context: Annotated[int, typer.Option(help="Tokens in the cache before decoding.")] = 128,
     prompt: Annotated[int, typer.Option(help="Tokens of the prefill that is timed.")] = 512,
     decode: Annotated[int, typer.Option(help="Tokens decoded in a repeat.")] = 16,
@@ -182,7 +199,9 @@ def bench(
     """Measure prefill and decode speed, time to the first token, share of this machine's bandwidth, and memory."""
     from llmc.bench.artifact import measure
 
-    figures = measure(artifact, target=target, context=context, prompt=prompt, decode=decode, batch=batch, repeats=repeats)
+    figures = measure(
+        artifact, target=target, context=context, prompt=prompt, decode=decode, batch=batch, repeats=repeats
+    )
     if as_json:
         print_json(figures.to_dict())
     else:

@@ -3,3 +3,7 @@
 
 class ArtifactError(Exception):
     """Not an artifact, damaged, of another format or ABI version, or not for this machine."""
+
+
+class RequestError(ValueError):
+    """A request that can't be served as it is: its prompt, its sampling parameters, or its size."""

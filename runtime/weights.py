@@ -74,11 +74,17 @@ class WeightsWriter:
 
     `writer[name]` is a writable array on the file; uint16 for bfloat16 (take `.view(ml_dtypes.bfloat16)`), uint8 for
     float8.
-    `done(name)` hashes a tensor that is filled and lets go of its pages; leaving the block does so for the rest.
+    `done(name)` hashes a tensor that is filled; leaving the block does so for the rest.
+    `finished` (name: sha256) are tensors that an interrupted writer of the same tensors had done: they are kept.
     Space is reserved at once, so that a full disk raises OSError here and not a bus error later.
     """
 
-    def __init__(self, path: Path | str, tensors: Mapping[str, tuple[tuple[int, ...], str]]):
+    def __init__(
+        self,
+        path: Path | str,
+        tensors: Mapping[str, tuple[tuple[int, ...], str]],
+        finished: Mapping[str, str] | None = None,
+    ):
         self.path = Path(path)
         self._specs = {name: Spec(tuple(int(d) for d in shape), dtype) for name, (shape, dtype) in tensors.items()}
         for name, spec in self._specs.items():
@@ -88,8 +94,8 @@ class WeightsWriter:
                 raise ValueError(f"tensor {name!r}: expected a dtype of {', '.join(DTYPES)}, found {spec.dtype!r}")
         header, self._offsets, total = _layout(self._specs)
         self.header_sha256 = hashlib.sha256(header).hexdigest()
-        self._hashes: dict[str, str] = {}
-        with open(self.path, "wb") as file:
+        self._hashes: dict[str, str] = dict(finished or {})
+        with open(self.path, "r+b" if self._hashes else "wb") as file:
             file.write(header)
             file.flush()
             _reserve(file.fileno(), len(header) + total)
@@ -100,11 +106,13 @@ class WeightsWriter:
         spec, start = self._specs[name], self._start + self._offsets[name]
         return self._map[start : start + spec.bytes].view(DTYPES[spec.dtype][1]).reshape(spec.shape)
 
-    def done(self, name: str) -> None:
+    def done(self, name: str) -> str:
+        """Hash a tensor that is filled; -> its sha256."""
         array = self[name]
         self._hashes[name] = hashlib.sha256(array.reshape(-1).view(np.uint8)).hexdigest()
         if isinstance(array, np.memmap):
             array.flush()
+        return self._hashes[name]
 
     @property
     def entry(self) -> dict:

@@ -1,8 +1,12 @@
 """Facts of the machines that llmc compiles for: numbers and names, nothing else."""
 
-from .cpu import CpuTarget, detect
+import sys
+from types import ModuleType
 
-__all__ = ["CpuTarget", "TargetNotYet", "detect", "parse"]
+from .cpu import CpuTarget, detect
+from .listing import TargetFact, listing
+
+__all__ = ["CpuTarget", "TargetFact", "TargetNotYet", "detect", "listing", "parse"]
 
 FAMILIES = ("cpu", "cuda", "rocm", "metal")
 
@@ -32,3 +36,13 @@ def parse(targets: str | list[str] | tuple[str, ...]) -> list[CpuTarget]:
         if target not in found:
             found.append(target)
     return found
+
+
+class _Room(ModuleType):
+    """`llmc.targets` is this room, and in the public contract a function as well: llmc.targets() lists the targets."""
+
+    def __call__(self) -> list[TargetFact]:
+        return listing()
+
+
+sys.modules[__name__].__class__ = _Room

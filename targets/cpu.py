@@ -117,9 +117,7 @@ def by_name(name: str) -> CpuTarget:
 def detect(cpuinfo: str | None = None) -> CpuTarget:
     """This machine, read from /proc/cpuinfo and /sys (or from a given text of /proc/cpuinfo)."""
     system = {"Linux": "linux", "Darwin": "macos"}.get(platform.system(), platform.system().lower())
-    path = Path("/proc/cpuinfo")
-    text = cpuinfo if cpuinfo is not None else path.read_text() if path.exists() else ""
-    fields = dict(re.findall(r"^([^\t:]+?)\s*: (.*)$", text.partition("\n\n")[0], re.MULTILINE))
+    fields = _fields(cpuinfo)
     machine = {"cores": os.cpu_count() or 1, "system": system, **_caches(Path("/sys/devices/system/cpu/cpu0/cache"))}
     if "Features" in fields or (platform.machine() in ("aarch64", "arm64") and cpuinfo is None):
         if system == "macos":
@@ -148,6 +146,21 @@ def detect(cpuinfo: str | None = None) -> CpuTarget:
             mattr, needed = ("+avx512bf16",), (*needed, "avx512_bf16")
     suffix = "+bf16" if mattr else ""
     return CpuTarget(f"cpu:{mcpu}{suffix}", mcpu, "x86_64", tuple(needed), bits, registers, dot, mattr, **machine)
+
+
+def runs_here(target: CpuTarget) -> bool:
+    """Whether this machine has what a target needs."""
+    fields = _fields()
+    flags = (fields.get("flags") or fields.get("Features") or "").split()
+    machine = {"AMD64": "x86_64"}.get(platform.machine(), platform.machine())
+    return machine == target.arch and set(flags) >= set(target.features)
+
+
+def _fields(cpuinfo: str | None = None) -> dict[str, str]:
+    """The first processor's entries of /proc/cpuinfo (or of a given text of it); none where there is no such file."""
+    path = Path("/proc/cpuinfo")
+    text = cpuinfo if cpuinfo is not None else path.read_text() if path.exists() else ""
+    return dict(re.findall(r"^([^\t:]+?)\s*: (.*)$", text.partition("\n\n")[0], re.MULTILINE))
 
 
 def _caches(folder: Path) -> dict[str, int]:

@@ -1,0 +1,150 @@
+"""llmc.inspect: what is in an artifact, or a model's program after any pass."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llmc.ir.errors import CompileError
+from llmc.runtime import artifact
+
+
+@dataclass(frozen=True)
+class ArtifactReport:
+    """A printable report of an artifact; to_dict() is its manifest."""
+
+    path: Path
+    manifest: artifact.Manifest
+    checked: bool
+
+    @property
+    def notes(self) -> list[str]:
+        return list(self.manifest.model.get("notes", []))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self.manifest), "checked": self.checked}
+
+    def render(self, *, kernels: bool = False) -> str:
+        manifest, model = self.manifest, self.manifest.model
+        lines = [
+            f"{manifest.name}  (llmc {manifest.llmc}, artifact format {manifest.format}, step ABI {manifest.abi})",
+            f"model     {model.get('model_type')}: {model.get('layers')} layers, "
+            f"hidden size {model.get('hidden_size')}, vocabulary {model.get('vocab_size')}, "
+            f"up to {model.get('max_context')} tokens",
+            f"dtype     {model.get('dtype')} activations over {model.get('checkpoint_dtype')} weights",
+            f"memory    weights {_size(manifest.memory['weights_bytes'])}, "
+            f"cache {_size(manifest.memory['cache_bytes_per_token'])} a token",
+        ]
+        for entry in manifest.targets:
+            size = (self.path / entry.library).stat().st_size
+            lines.append(f"target    {entry.target} on {entry.host}: {entry.library}, {_size(size)}")
+            for group in entry.state:
+                reach = (
+                    f"window {group.window}" if group.window else f"chunk {group.chunk}" if group.chunk else "causal"
+                )
+                lines.append(
+                    f"  state   {len(group.layers)} layers {reach}, pages of {group.page_size} tokens, "
+                    f"{len(group.tensors)} tensors"
+                )
+            if kernels:
+                lines += [f"  kernel  {kernel['name']}  ×{kernel['calls']}" for kernel in entry.kernels]
+        for stage in manifest.stages:
+            lines.append(f"stage     {stage['name']}: {stage['seconds']:.2f} s")
+        lines += [f"file      {name}" for name in manifest.files]
+        lines += [f"note      {note}" for note in self.notes]
+        if self.checked:
+            lines.append(
+                f"checked   all {len(manifest.weights.tensors)} tensors and every file agree with their hashes"
+            )
+        return "\n".join(lines)
+
+    __str__ = render
+
+
+@dataclass(frozen=True)
+class ProgramReport:
+    """A model's program after a pass."""
+
+    source: str
+    after: str
+    text: str
+
+    @property
+    def notes(self) -> list[str]:
+        return []
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"source": self.source, "after": self.after, "program": self.text}
+
+    def render(self, *, kernels: bool = False) -> str:
+        return self.text
+
+    __str__ = render
+
+
+def inspect(
+    path_or_source: str | Path, after: str | None = None, check: bool = False
+) -> ArtifactReport | ProgramReport:
+    """A printable report of an artifact; with after="page_attention", the IR of a model after that pass.
+
+    check=True reads and hashes every tensor of the artifact. Raises ArtifactError for a damaged artifact, CompileError
+    for a source that can't be compiled or a pass that does not exist.
+    """
+    if after is not None:
+        return ProgramReport(str(path_or_source), after, _program_after(path_or_source, after))
+    path = Path(path_or_source)
+    manifest = artifact.read(path)
+    if check:
+        artifact.check_all(path, manifest)
+    return ArtifactReport(path, manifest, check)
+
+
+def _program_after(source: str | Path, after: str) -> str:
+    from llmc import targets
+    from llmc.compiler import Request, open_door
+    from llmc.ir.text import text
+    from llmc.passes import manager
+    from llmc.passes.goal import Goal
+    from llmc.passes.pipeline import PIPELINE
+
+    names = [each.name for stage in PIPELINE for each in stage.passes]
+    if after not in ["import", *names]:
+        raise CompileError(f"no pass is called {after!r}; there are: import, {', '.join(names)}")
+    imported = open_door(Request(source, (), None, None, False, None))
+    if after == "import":
+        return text(imported.module)
+    found = []
+
+    def keep(index, current, before, module):
+        if current.name == after:
+            found.append(text(module))
+
+    facts = imported.facts
+    goal = Goal(target=targets.detect(), dtype=facts["dtype"], max_context=facts["max_context"])
+    manager.run(imported.module, goal, on_pass=keep)
+    return found[-1]
+
+
+def _size(count: int) -> str:
+    """Bytes for people: 1.2 GB, 34 KB."""
+    value = float(count)
+    for unit in ("B", "KB", "MB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} GB"
+
+
+def schemes() -> list[str]:
+    """Names of the quantization schemes that `quantize=` takes: none in this version."""
+    return []
+
+
+def verify(path: str | Path, target: str):
+    """Run an artifact's kernels for `target` on the software device. Not in this version: it compiles for CPUs only."""
+    artifact.choose_target(artifact.read(path), target)
+    raise CompileError(
+        f"{path}: the software device runs GPU kernels, which are not in this version yet; "
+        "CPU kernels run on this machine itself: `llmc compile --verify` compares every pass"
+    )
