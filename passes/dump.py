@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import tvm
-
 from llmc.ir.text import diff
 from llmc.passes.pipeline import Pass
 

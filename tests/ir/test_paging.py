@@ -6,7 +6,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tvm
-
 from llmc.ir import paging
 from llmc.ir.driver import Pages
 

@@ -1,7 +1,6 @@
 import numpy as np
-from tvm import relax
-
 from llmc.ir.text import diff, text
+from tvm import relax
 
 
 def module_with(constant):
