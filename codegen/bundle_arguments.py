@@ -6,8 +6,9 @@ import json
 from dataclasses import dataclass
 
 import tvm
-from llmc.ir.rewrite import Rewriter
 from tvm import relax, tirx
+
+from llmc.ir.rewrite import Rewriter
 
 from .copy_pages import copy_pages
 

@@ -8,8 +8,9 @@ import tempfile
 from pathlib import Path
 
 import tvm
-from llmc.ir.errors import CompileError
 from tvm import relax
+
+from llmc.ir.errors import CompileError
 
 __all__ = ["build", "library_name"]
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 import tvm
 import tvm_ffi
-from llmc.ir.rewrite import Rewriter, bindings, op_name
 from tvm import relax
+
+from llmc.ir.rewrite import Rewriter, bindings, op_name
 
 __all__ = ["RECIPES", "LiftWeights"]
 

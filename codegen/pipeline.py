@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import tvm
+from tvm import relax
+
 from llmc.ir.errors import CompileError
 from llmc.ir.kernels_form import check_kernels
-from tvm import relax
 
 from .bundle_arguments import AddCopyPages, BundleArguments
 from .legalize import Legalize

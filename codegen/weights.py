@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import tvm
+from tvm import relax
+
 from llmc.ir.errors import CompileError
 from llmc.ir.evaluate import evaluate
 from llmc.ir.rewrite import bindings, op_name
-from tvm import relax
 
 __all__ = ["Recipe", "numpy_dtype", "weight_specs", "write_weights"]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import tvm
+from tvm import relax, tirx
+
 from llmc.ir.errors import FormError
 from llmc.ir.rewrite import bindings, op_name
-from tvm import relax, tirx
 
 __all__ = ["check_kernels"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import tvm
+
 from llmc.ir.text import diff
 from llmc.passes.pipeline import Pass
 

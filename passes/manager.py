@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import tvm
+from tvm import relax
+
 from llmc.ir.errors import CompileError, FormError
 from llmc.ir.text import diff
 from llmc.passes.goal import Goal
 from llmc.passes.pipeline import PIPELINE, Pass, Stage
-from tvm import relax
 
 __all__ = ["Hook", "Result", "run"]
 

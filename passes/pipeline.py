@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import tvm
+
 from llmc.passes.goal import Goal
 
 __all__ = ["PIPELINE", "Pass", "Stage"]

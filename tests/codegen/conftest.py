@@ -1,10 +1,10 @@
 """Fixtures of the codegen room."""
 
 import pytest
-from llmc.passes.goal import Goal
-from llmc.runtime.artifact import WeightsWriter
 
 from llmc import codegen, targets
+from llmc.passes.goal import Goal
+from llmc.runtime.artifact import WeightsWriter
 
 
 class Array:

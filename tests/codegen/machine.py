@@ -13,6 +13,7 @@ class Machine:
 
     def __init__(self, library, weights_file, weights, pages):
         import tvm_ffi
+
         from llmc.runtime.artifact import Weights
 
         self.ffi = tvm_ffi

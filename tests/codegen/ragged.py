@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import tvm
-from llmc.ir.paging import append_pages, page_shape, paged_attention
 from tvm import relax, tirx
 from tvm.relax import op as R
+
+from llmc.ir.paging import append_pages, page_shape, paged_attention
 
 PAGE = 4
 

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+
+from llmc import targets
 from llmc.codegen.library import _link, library_name
 from llmc.ir.errors import CompileError
 from llmc.ir.evaluate import Reference
-
-from llmc import targets
 from tests.codegen import machine
 from tests.codegen.ragged import Llama, tables
 

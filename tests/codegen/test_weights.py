@@ -3,12 +3,12 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from llmc.codegen.weights import Recipe, weight_specs, write_weights
-from llmc.ir.errors import CompileError
-from llmc.runtime.artifact import Weights, WeightsWriter
 from tvm import relax
 from tvm.relax import op as R
 
+from llmc.codegen.weights import Recipe, weight_specs, write_weights
+from llmc.ir.errors import CompileError
+from llmc.runtime.artifact import Weights, WeightsWriter
 from tests.codegen.conftest import Array
 
 RNG = np.random.default_rng(0)

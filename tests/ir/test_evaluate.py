@@ -1,9 +1,10 @@
 import ml_dtypes
 import numpy as np
 import tvm
-from llmc.ir.evaluate import Reference, evaluate
 from tvm import relax, tirx
 from tvm.script import tirx as T
+
+from llmc.ir.evaluate import Reference, evaluate
 
 
 def program(body, *types):

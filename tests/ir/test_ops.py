@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import tvm
-from llmc.ir import ops
 from tvm import relax
+
+from llmc.ir import ops
 
 FLOAT32 = 2e-6  # float32 inside, sums of at most 64 products of unit scale
 

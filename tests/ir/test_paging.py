@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tvm
+
 from llmc.ir import paging
 from llmc.ir.driver import Pages
 

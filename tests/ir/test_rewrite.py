@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
+from tvm import relax, tirx
+
 from llmc.ir.evaluate import evaluate
 from llmc.ir.rewrite import Rewriter, bindings, finish, op_name
 from llmc.ir.text import text
-from tvm import relax, tirx
 
 SHIFT = np.array([1.0, 2.0])
 

@@ -1,6 +1,7 @@
 import numpy as np
-from llmc.ir.text import diff, text
 from tvm import relax
+
+from llmc.ir.text import diff, text
 
 
 def module_with(constant):

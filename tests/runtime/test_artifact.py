@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+
 from llmc.runtime import artifact
 from llmc.runtime.artifact import (
     Function,

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
+
 from llmc.runtime.errors import ArtifactError
 from llmc.runtime.weights import ALIGNMENT, HEADER_UNIT, Weights, WeightsWriter
 

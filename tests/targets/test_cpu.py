@@ -1,4 +1,5 @@
 import pytest
+
 from llmc.targets import CpuTarget, TargetNotYet, cpu, parse
 
 FLAGS_V4 = " ".join(cpu.X86_64_V4)
