@@ -1,0 +1,336 @@
+"""Matrix products with packed weights: y = x @ W^T, each output one chain of multiply-adds in rising k.
+
+One vector lane owns one output for the whole sum, so a row's numbers are the same bits whatever other rows stand beside
+it. Weights lie in panels of `panel` output columns (see pack.py). Rows are taken in blocks, copied so that four
+consecutive k of one row lie together: [K/4][rows][4].
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import tvm
+from tvm.tirx.script import builder as T
+
+from llmc.targets import CpuTarget
+
+from .pack import Panels, panels
+from .vector import Vector, bits, choose, i64, kernel, loop, scratch, share_out, when
+
+RUN = 4  # elements of one row that lie together in a block
+_GATES = {"silu": Vector.silu, "gelu_tanh": Vector.gelu_tanh}
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What happens to a sum before it is stored, in this order: + bias, gate, + residual; one rounding at the end.
+
+    gate: the name of an activation f; the weight's first half of columns are gates a, its second half b, y = f(a) * b.
+    """
+
+    bias: str | None = None  # dtype
+    gate: str | None = None  # "silu", "gelu_tanh"
+    residual: str | None = None  # dtype
+
+
+@dataclass(frozen=True)
+class Product:
+    """The geometry of one matrix product on one target, and the emission of its parts."""
+
+    target: CpuTarget
+    columns: int
+    depth: int
+    weight: str
+    activation: str
+    epilogue: Epilogue = field(default_factory=Epilogue)
+
+    @property
+    def layout(self) -> Panels:
+        return panels(self.target, self.columns, self.depth, self.weight, halves=self.epilogue.gate is not None)
+
+    @property
+    def dots(self) -> bool:
+        """Sums pairs of bfloat16 products by one instruction."""
+        return self.target.has_bf16_dot and self.weight == self.activation == "bfloat16"
+
+    @property
+    def elements(self) -> int:
+        """Elements of a row in a block: float32, or pairs of bfloat16 as int32; a multiple of RUN."""
+        steps = (self.depth + 1) // 2 if self.dots else self.depth
+        return -(-steps // RUN) * RUN
+
+    @property
+    def block(self) -> int:
+        """Rows of a full block: accumulators fill three quarters of the registers."""
+        return self.target.vector_registers * 3 // 4 // self.layout.vectors
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows that code is unrolled for: a block's rows are rounded up to one of these, padded with zeros."""
+        return sorted({1, -(-self.block // 3), -(-2 * self.block // 3), self.block})
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows that pass one panel before the next: their blocks stay in a quarter of the last cache."""
+        fit = self.target.l3 // 4 // (self.elements * 4)
+        return max(1, min(fit, 1024) // self.block) * self.block
+
+    @property
+    def depth_at_once(self) -> int:
+        """Runs of RUN elements in a part of a panel that stays in a quarter of the second cache."""
+        runs = self.elements // RUN
+        bytes_of_run = RUN * self.layout.width * (4 if self.dots or self.weight == "float32" else 2)
+        parts = max(1, -(-runs * bytes_of_run // (self.target.l2 // 2)))
+        return -(-runs // parts)
+
+    def padded(self, rows: Any) -> Any:
+        """Rows of a block of so many rows, with its padding."""
+        value = T.int64(self.block)
+        for size in reversed(self.sizes[:-1]):
+            value = T.Select(rows <= size, T.int64(size), value)
+        return value
+
+    def copy_block(self, x: Any, blocks: Any, source: Callable[[Any], Any], base: Any, rows: Any) -> None:
+        """Emit the copy of rows source(0) … source(rows-1) of x into the block that begins at row `base` of `blocks`."""
+        padded = T.bind(self.padded(rows))
+        four = Vector(RUN)
+        each = 2 * RUN if self.dots else RUN
+        start = T.bind(base * self.elements)
+        with loop(0, padded) as r:
+
+            def put(run: Any, value: Any, element: int | None = None) -> None:
+                at = start + (run * padded + r) * RUN
+                if element is None:
+                    T.buffer_store(blocks, value, [T.ramp(at, 1, RUN)])
+                else:
+                    T.buffer_store(blocks, value, [at + element])
+
+            def copy() -> None:
+                row = T.bind(source(r))
+                with loop(0, self.depth // each) as run:
+                    if self.dots:
+                        put(run, pairs(row, run))
+                    else:
+                        put(run, four.load(x, [row, run * RUN]))
+                rest = self.depth % each
+                for e in range(RUN if rest else 0):
+                    last = T.int64(self.depth // each)
+                    put(last, tail(row, e, rest), e)
+
+            def pairs(row: Any, run: Any) -> Any:
+                return T.reinterpret("int32x4", x.vload([row, run * each], "uint16x8"))
+
+            def tail(row: Any, e: int, rest: int) -> Any:
+                first = self.depth - rest
+                if not self.dots:
+                    return Vector(1).load(x, [row, i64(first + e)]) if e < rest else T.float32(0)
+                half = [
+                    T.Cast("int32", x[row, i64(first + 2 * e + h)]) if 2 * e + h < rest else T.int32(0) for h in (0, 1)
+                ]
+                return T.bitwise_or(half[0], T.shift_left(half[1], T.int32(16)))
+
+            def zero() -> None:
+                nothing = T.int32(0) if self.dots else T.float32(0)
+                with loop(0, self.elements // RUN) as run:
+                    put(run, T.broadcast(nothing, RUN))
+
+            choose([(r < rows, copy)], zero)
+
+    def blocks(self, rows: Any) -> Any:
+        """Scratch for so many rows in blocks."""
+        return scratch([(rows + self.block) * self.elements], "int32" if self.dots else "float32")
+
+    def tile(self, rows: Any) -> Any:
+        """Scratch of one thread: sums of one panel."""
+        return scratch([rows + self.block, self.layout.width])
+
+    def multiply(self, blocks: Any, w: Any, lead: list[Any], p: Any, base: Any, rows: Any, tile: Any) -> None:
+        """Emit: tile[:rows] = the product of `rows` rows of blocks, from row `base` on, and panel p."""
+        runs, at_once, vectors = self.elements // RUN, self.depth_at_once, self.layout.vectors
+        v = Vector(self.target.lanes)
+        divided = at_once < runs
+        pairs = None
+        if self.weight == "bfloat16":
+            pairs = T.decl_buffer(tuple(w.shape)[:-1], "int32", data=w.data)
+        if divided:
+            with loop(0, -(-rows // self.block) * self.block) as r:
+                for j in range(vectors):
+                    v.store(tile, v.const(0.0), [r, T.int64(j * v.lanes)])
+
+        def weights(element: Any) -> list[list[Any]]:
+            """Vectors of the panel for one element, each a list: one for each k that the element stands for."""
+            found = []
+            for j in range(vectors):
+                if self.dots:
+                    found.append([T.bind(pairs.vload([*lead, p, element, j, 0], v.i32))])
+                else:
+                    found.append([v.load(w, [*lead, p, element, j, 0])])
+            return found
+
+        def step(x: Callable[[int, Any, int], Any], sums: list, run: Any) -> None:
+            for e in range(RUN):
+                if self.weight == "bfloat16" and not self.dots:
+                    if e % 2:
+                        continue
+                    pair = [
+                        T.bind(pairs.vload([*lead, p, run * (RUN // 2) + e // 2, j, 0], v.i32)) for j in range(vectors)
+                    ]
+                    columns = [[T.bind(v.low_bf16(q)), T.bind(v.high_bf16(q))] for q in pair]
+                else:
+                    columns = weights(run * RUN + e)
+                for k in range(len(columns[0])):
+                    for r, row in enumerate(sums):
+                        a = T.bind(v.broadcast(x(r, run, e + k)))
+                        for j in range(vectors):
+                            product = v.dot_bf16 if self.dots else v.fma
+                            row[j].set(product(columns[j][k], a, row[j].get()))
+
+        def micro(size: int, block_base: Any, first: Any, lo: Any, hi: Any) -> None:
+            start = T.bind(block_base * self.elements)
+            sums = [
+                [
+                    v.register(v.load(tile, [first + r, T.int64(j * v.lanes)]) if divided else v.const(0.0))
+                    for j in range(vectors)
+                ]
+                for r in range(size)
+            ]
+            with loop(lo, hi) as run:
+                step(lambda r, run, e: blocks[start + (run * size + r) * RUN + e], sums, run)
+            for r in range(size):
+                for j in range(vectors):
+                    v.store(tile, sums[r][j].get(), [first + r, T.int64(j * v.lanes)])
+
+        with loop(0, -(-runs // at_once)) as part:
+            lo = T.bind(part * at_once)
+            hi = T.bind(T.min(lo + at_once, T.int64(runs)))
+            with loop(0, T.floordiv(rows + (self.block - 1), T.int64(self.block))) as b:
+                first = T.bind(b * self.block)
+                left = T.bind(rows - first)
+
+                def case(size: int, first: Any = first, lo: Any = lo, hi: Any = hi) -> Callable[[], None]:
+                    return lambda: micro(size, base + first, first, lo, hi)
+
+                choose([(left <= size, case(size)) for size in self.sizes[:-1]], case(self.block))
+
+    def store(self, tile: Any, p: Any, rows: Any, target_row: Callable[[Any], Any], y: Any, bias: Any, residual: Any,
+              lead: list[Any]) -> None:  # fmt: skip
+        """Emit the epilogue of a panel: tile[:rows] to y."""
+        layout, epilogue = self.layout, self.epilogue
+        out_columns = self.columns // 2 if epilogue.gate else self.columns
+        out_width = layout.width // 2 if epilogue.gate else layout.width
+
+        def finish(v: Vector, r: Any, row: Any, offset: Any) -> None:
+            column = T.bind(p * out_width + offset)
+            value = v.load(tile, [r, offset])
+            if epilogue.bias:
+                value = T.bind(value + v.load(bias, [*lead, column]))
+            if epilogue.gate:
+                other = v.load(tile, [r, offset + out_width])
+                if epilogue.bias:
+                    other = T.bind(other + v.load(bias, [*lead, column + out_columns]))
+                value = T.bind(_GATES[epilogue.gate](v, value) * other)
+            if epilogue.residual:
+                value = T.bind(value + v.load(residual, [row, column]))
+            v.store(y, value, [row, column])
+
+        full, rest = divmod(out_columns, out_width)
+
+        def whole() -> None:
+            with loop(0, rows) as r:
+                row = T.bind(target_row(r))
+                for offset, width in chunks_of(out_width, self.target.lanes):
+                    finish(Vector(width), r, row, T.int64(offset))
+
+        def partial() -> None:
+            with loop(0, rows) as r:
+                row = T.bind(target_row(r))
+                with loop(0, rest) as offset:
+                    finish(Vector(1), r, row, offset)
+
+        if rest and full:
+            choose([(p < full, whole)], partial)
+        else:
+            (partial if rest else whole)()
+
+    def panels_at_once(self) -> int:
+        """Panels that a thread draws at once: enough to make drawing cheap, few enough to share out evenly."""
+        size = self.elements * self.layout.width * (4 if self.weight == "float32" or self.dots else 2)
+        return max(1, min((64 << 10) // size, self.layout.count // 16))
+
+
+def chunks_of(size: int, lanes: int) -> list[tuple[int, int]]:
+    return [(offset, min(lanes, size)) for offset in range(0, size, lanes)]
+
+
+def matmul(
+    target: CpuTarget,
+    columns: int,
+    depth: int,
+    *,
+    weight: str = "float32",
+    activation: str = "float32",
+    out: str | None = None,
+    epilogue: Epilogue | None = None,
+    name: str = "matmul",
+) -> tvm.tirx.PrimFunc:
+    """y = epilogue(x @ W^T), summed in float32 in rising k, rounded once.
+
+    columns, depth: the shape of W as a checkpoint has it, [columns, depth]. weight: its dtype, "float32", "float16" or
+    "bfloat16". activation: dtype of x, "float32" or "bfloat16". out: dtype of y, default that of x.
+    bfloat16 activations and weights are multiplied by the CPU's dot product where it has one; float32 activations
+    are multiplied exactly whatever the weight's dtype.
+
+    Arguments of the PrimFunc, in this order:
+      x [n, depth] activation; w: packed by `pack.panels(target, columns, depth, weight, halves=gate is not None)`;
+      bias [columns] epilogue.bias, if there is one; residual [n, columns_out] epilogue.residual, if there is one;
+      y [n, columns_out] out, where columns_out is columns, or columns // 2 with a gate. n may be 0.
+    """
+    epilogue = epilogue or Epilogue()
+    product = Product(target, columns, depth, weight, activation, epilogue)
+    layout = product.layout
+    out = out or activation
+    out_columns = columns // 2 if epilogue.gate else columns
+    params: list = [("x", ("n", depth), activation), ("w", layout.shape, weight)]
+    if epilogue.bias:
+        params.append(("bias", (columns,), epilogue.bias))
+    if epilogue.residual:
+        params.append(("residual", ("n", out_columns), epilogue.residual))
+    params.append(("y", ("n", out_columns), out))
+    block, at_once, step = product.block, product.rows_at_once, product.panels_at_once()
+    draws = -(-layout.count // step)
+
+    def body(symbols: dict, x: Any, w: Any, *rest: Any) -> None:
+        n = symbols["n"]
+        arguments = [bits(b) for b in rest]
+        y = arguments.pop()
+        residual = arguments.pop() if epilogue.residual else None
+        bias = arguments.pop() if epilogue.bias else None
+        x = bits(x)
+        blocks = product.blocks(n)
+
+        def copy(b: Any) -> None:
+            base = T.bind(b * block)
+            product.copy_block(x, blocks, lambda r: base + r, base, T.bind(T.min(n - base, T.int64(block))))
+
+        def serial() -> None:
+            with when(n > 0):
+                copy(T.int64(0))
+
+        def parallel() -> None:
+            with T.parallel(T.int64(0), T.floordiv(n + (block - 1), T.int64(block))) as b:
+                copy(b)
+
+        choose([(n <= block, serial)], parallel)
+
+        def work(item: Any, tile: Any) -> None:
+            base = T.bind(T.floordiv(item, T.int64(draws)) * at_once)
+            rows = T.bind(T.min(n - base, T.int64(at_once)))
+            first = T.bind(T.floormod(item, T.int64(draws)) * step)
+            with loop(first, T.min(first + step, T.int64(layout.count))) as p:
+                product.multiply(blocks, w, [], p, base, rows, tile)
+                product.store(tile, p, rows, lambda r: base + r, y, bias, residual, [])
+
+        superblocks = T.floordiv(n + (at_once - 1), T.int64(at_once))
+        share_out(superblocks * draws, work, lambda: product.tile(T.min(n, T.int64(at_once))))
+
+    return kernel(name, params, body, target)
