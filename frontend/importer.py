@@ -1,0 +1,294 @@
+"""An exported PyTorch program to Relax: TVM's importer with its gaps filled and every result checked.
+
+What PyTorch says a node gives (dtype, rank, static dimensions) is what Relax must give: a wrong dtype is a cast away,
+anything else is an error. Parameters are never copied: they become the function's parameters, in the dtype they are
+stored in, cast to the dtype the model computes in.
+"""
+
+import functools
+import operator
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import tvm
+from llmc.ir import ops
+from llmc.ir.errors import SourceError
+from torch import fx
+from tvm import relax, tirx
+from tvm.relax import op as R
+from tvm.relax.frontend.torch import exported_program_translator as translator
+
+CHECKS = ("_assert_tensor_metadata.default", "_assert_scalar.default", "_assert_async.msg", "_assert_async.default")
+
+
+def import_program(
+    program: torch.export.ExportedProgram, names: Mapping[str, str], dtypes: Mapping[str, str]
+) -> tvm.IRModule:
+    """The imported form of `program`, whose user inputs are tokens and positions.
+
+    names: parameter of the program -> name of the weight; parameters with one name are one weight. dtypes: name of the
+    weight -> dtype it is stored in. Weights that nothing uses are dropped.
+    SourceError names the PyTorch operators that have no translation.
+    """
+    program = program.run_decompositions({})  # not core ATen: linear and silu stay whole
+    drop_checks(program)
+    importer = Importer(program, names, dtypes)
+    module = relax.transform.DeadCodeElimination(["main"])(importer.convert())
+    main = module["main"]
+    count = int(main.attrs["num_input"])
+    used = {v.name for v in relax.analysis.free_vars(main.body)}
+    inputs, weights = list(main.params)[:count], [p for p in list(main.params)[count:] if p.name in used]
+    main = relax.Function([*inputs, *weights], main.body, main.ret_ty, main.is_pure, main.attrs)
+    module["main"] = main.with_attr("llmc.weights", [p.name for p in weights])
+    return module
+
+
+def drop_checks(program: torch.export.ExportedProgram) -> None:
+    """Erase assertions on shapes and dtypes: they keep dead masks alive and say nothing about values."""
+    for node in reversed(list(program.graph.nodes)):
+        if node.op == "call_function" and node.target.__name__ in CHECKS:
+            program.graph.erase_node(node)
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 -> 'bfloat16', as Relax and numpy spell it ('bool' alike)."""
+    return str(dtype).removeprefix("torch.")
+
+
+class Importer(translator.ExportedProgramImporter):
+    """TVM's importer of exported programs, for one program."""
+
+    def __init__(self, program, names, dtypes):
+        super().__init__()
+        self.program, self.names, self.dtypes = program, names, dtypes
+
+    def convert(self) -> tvm.IRModule:
+        missing = sorted(
+            {
+                node.target.__name__
+                for node in self.program.graph.nodes
+                if node.op == "call_function" and node.target.__name__ not in self.convert_map
+            }
+        )
+        if missing:
+            raise SourceError(f"expected PyTorch operators with a translation, found: {', '.join(missing)}")
+        module = self.from_exported_program(self.program, True, True, False, {})
+        module["main"] = module["main"].without_attr("params")
+        return module
+
+    # Weights: one parameter each, in the dtype they are stored in.
+
+    @staticmethod
+    def _convert_pytorch_tensor_to_tvm(tensor):
+        if isinstance(tensor, torch.nn.Parameter):  # a placeholder: TVM lists it and nobody reads it
+            return tvm.runtime.tensor(np.zeros((), "float32"))
+        return translator.ExportedProgramImporter._convert_pytorch_tensor_to_tvm(tensor.contiguous())
+
+    def create_input_vars(self, program):
+        variables, inputs, ranges = super().create_input_vars(program)
+        kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+        parameters, first = {}, {}
+        self._computed = {}  # placeholder -> (parameter, dtype the model computes in)
+        for name, variable in variables.items():
+            spec = kinds[name]
+            if spec.kind is not torch.export.graph_signature.InputKind.PARAMETER:
+                parameters[name] = variable
+                continue
+            weight = self.names[spec.target]
+            if weight not in first:
+                stored = self.dtypes.get(weight, variable.ty.dtype)
+                first[weight] = relax.Var(weight, relax.TensorType(variable.ty.shape, stored))
+                parameters[name] = first[weight]
+            self._computed[name] = (first[weight], str(variable.ty.dtype))
+        # The length is called n; whatever else the graph names after it follows from the inputs' types.
+        n = tirx.Var("n", "int64")
+        shape = next(iter(inputs.values())).ty.shape
+        lower, upper = ranges.get(str(shape[1]), (1, None))
+        inputs = {
+            name: relax.Var(public, relax.TensorType([1, n], variable.ty.dtype))
+            for public, (name, variable) in zip(("tokens", "positions"), inputs.items(), strict=True)
+        }
+        return parameters, inputs, {"n": (lower, upper)}
+
+    def _translate_fx_graph(self, graph_module, nodes, inputs_vars, custom_ops=None):
+        cast = {}
+        for parameter, dtype in self._computed.values():
+            if (parameter.name, dtype) not in cast:
+                cast[parameter.name, dtype] = self._cast(parameter, dtype)
+        bound = {**inputs_vars, **{name: cast[p.name, dtype] for name, (p, dtype) in self._computed.items()}}
+        return super()._translate_fx_graph(graph_module, nodes, bound, custom_ops)
+
+    # The conversion table.
+
+    def create_convert_map(self):
+        table = super().create_convert_map()
+        self._plain = {k: table[k] for k in ("mul.Tensor", "to.dtype_layout", "_to_copy.default")}
+        table |= {
+            "attention.default": self.convert_attention,
+            "expert_linear.default": self.convert_expert_linear,
+            "linear.default": self.convert_linear,
+            "masked_fill.Scalar": self.convert_masked_fill,
+            "full_like.default": lambda node: self._filled(node, node.args[1]),
+            "zeros_like.default": lambda node: self._filled(node, 0),
+            "ones_like.default": lambda node: self._filled(node, 1),
+            "repeat_interleave.self_int": self.convert_repeat_interleave,
+            "_unsafe_view.default": self.convert_view,
+            "view.default": self.convert_view,
+            "reshape.default": self.convert_view,
+            "topk.default": self.convert_topk,
+            "new_empty.default": self.convert_new_empty,
+            "layer_norm.default": self.convert_layer_norm,
+            "polar.default": self.convert_polar,
+            "mul.Tensor": self.convert_mul,
+            "to.dtype_layout": self.convert_to,
+            "_to_copy.default": self.convert_to_copy,
+            "view_as_complex.default": lambda node: self.env[node.args[0]],
+            "view_as_real.default": lambda node: self.env[node.args[0]],
+            "sym_min": lambda node: tirx.min(*self.retrieve_args(node)),
+            "sym_max": lambda node: tirx.max(*self.retrieve_args(node)),
+        }
+        return {name: self._checked(convert) for name, convert in table.items()}
+
+    def _checked(self, convert):
+        """A converter whose result has the dtype, rank and static dimensions that PyTorch gave the node."""
+
+        def run(node: fx.Node):
+            out, want = convert(node), node.meta.get("val")
+            found = getattr(out, "ty", None)
+            if not isinstance(want, torch.Tensor) or want.is_complex() or not isinstance(found, relax.TensorType):
+                return out
+            if found.dtype != dtype_name(want.dtype):
+                out = self.emit(R.astype(out, dtype_name(want.dtype)))
+            sizes = None if found.shape is None else list(found.shape)
+            static = [d if isinstance(d, int) else None for d in want.shape]
+            same = sizes is None or (
+                len(sizes) == len(static)
+                and all(
+                    d is None or not isinstance(s, tirx.IntImm) or int(s) == d
+                    for s, d in zip(sizes, static, strict=True)
+                )
+            )
+            if not same:
+                raise SourceError(
+                    f"{node.target.__name__} ({node.name}): expected the shape {list(want.shape)} that PyTorch gives, "
+                    f"found {sizes} after translation: this is a fault of llmc, please report it"
+                )
+            return out
+
+        return run
+
+    def emit(self, x: relax.Expr) -> relax.Var:
+        return self.block_builder.emit(x)
+
+    def _arguments(self, node: fx.Node) -> dict:
+        """Every argument of the operator by name, defaults included."""
+        given = dict(zip([a.name for a in node.target._schema.arguments], node.args, strict=False)) | dict(node.kwargs)
+        return {
+            a.name: self._retrieve_args(given[a.name]) if a.name in given else a.default_value
+            for a in node.target._schema.arguments
+        }
+
+    # The semantic ops.
+
+    def convert_attention(self, node):
+        a = self._arguments(node)
+        # [1, h, n, d] -> [n, h, d]
+        q, k, v = (self.emit(R.squeeze(self.emit(R.permute_dims(a[x], [0, 2, 1, 3])), [0])) for x in "qkv")
+        parameters = {x: a[x] for x in ("scale", "softcap", "window", "chunk")}
+        out = ops.attention(self.block_builder, q, k, v, a["sinks"], **parameters)
+        return self.emit(R.expand_dims(out, 0))
+
+    def convert_expert_linear(self, node):
+        a = self._arguments(node)
+        return ops.expert_linear(self.block_builder, a["x"], a["w"], a["ids"], a["bias"], transposed=a["transposed"])
+
+    # The gaps.
+
+    def convert_linear(self, node):
+        """A float32 sum, the bias added in float32, one rounding to the dtype of x: what PyTorch does."""
+        a = self._arguments(node)
+        x, w, bias = a["input"], a["weight"], a["bias"]
+        y = self.emit(R.matmul(x, self.emit(R.permute_dims(w, [1, 0])), out_dtype="float32"))
+        if bias is not None:
+            y = self.emit(R.add(y, self._cast(bias, "float32")))
+        return self._cast(y, x.ty.dtype)
+
+    def _cast(self, x, dtype):
+        return x if x.ty.dtype == dtype else self.emit(R.astype(x, dtype))
+
+    def convert_view(self, node):
+        """TVM's compares shapes with ==, which raises as soon as a dimension is n · 2; so do its own -1."""
+        x, dims = self.env[node.args[0]], self.retrieve_args(node)[1]
+        dims = [tirx.IntImm("int64", d) if isinstance(d, int) else d for d in dims]
+        free = [i for i, d in enumerate(dims) if isinstance(d, tirx.IntImm) and int(d) == -1]
+        if free:
+            one = tirx.IntImm("int64", 1)
+            known = functools.reduce(operator.mul, [d for i, d in enumerate(dims) if i not in free], one)
+            total = functools.reduce(operator.mul, list(x.ty.shape), one)
+            dims[free[0]] = tvm.sym.Analyzer().simplify(tirx.floordiv(total, known))
+        return self.emit(R.reshape(x, dims))
+
+    def convert_topk(self, node):
+        """Sorted or not: a sorted result is one of those that PyTorch may give."""
+        a = self._arguments(node)
+        call = R.topk(a["self"], k=a["k"], axis=a["dim"], largest=a["largest"], ret_type="both", dtype="int64")
+        return self.emit(call)
+
+    def convert_repeat_interleave(self, node):
+        a = self._arguments(node)
+        return self.emit(R.repeat(a["self"], a["repeats"], a["dim"]))
+
+    def convert_new_empty(self, node):
+        """Memory that something else fills: zeros, so that a result is never random."""
+        return self.emit(R.zeros(self.retrieve_args(node)[1], dtype_name(node.meta["val"].dtype)))
+
+    def _filled(self, node, value):
+        """TVM has no full(inf) nor full(nan): a constant is broadcast."""
+        value = relax.const(value, dtype_name(node.meta["val"].dtype))
+        return self.emit(R.broadcast_to(value, self.env[node.args[0]].ty.shape))
+
+    def convert_masked_fill(self, node):
+        x, mask, value = self.retrieve_args(node)
+        return self.emit(R.where(mask, relax.const(value, x.ty.dtype), x))
+
+    def convert_layer_norm(self, node):
+        """TVM's has no layer norm without a weight."""
+        a = self._arguments(node)
+        x, shape = a["input"], [int(d) for d in a["normalized_shape"]]
+        weight = relax.const(np.ones(shape, "float32")) if a["weight"] is None else a["weight"]
+        bias = relax.const(np.zeros(shape, "float32")) if a["bias"] is None else a["bias"]
+        weight, bias = self._cast(weight, x.ty.dtype), self._cast(bias, x.ty.dtype)
+        axes = list(range(-len(shape), 0))
+        return self.emit(R.nn.layer_norm(x, weight, bias, axes=axes, epsilon=a["eps"]))
+
+    # A complex tensor is a real one with a last axis of 2: rotary embeddings in polar form.
+
+    def convert_polar(self, node):
+        size, angle = self.retrieve_args(node)
+        parts = [self.emit(R.multiply(size, self.emit(f(angle)))) for f in (R.cos, R.sin)]
+        return self.emit(R.stack(parts, axis=-1))
+
+    def convert_mul(self, node):
+        if not all(isinstance(a, fx.Node) and _is_complex(a) for a in node.args):
+            return self._plain["mul.Tensor"](node)
+        (a, b), (c, d) = ([self.emit(part) for part in self.emit(R.split(self.env[x], 2, axis=-1))] for x in node.args)
+
+        def combine(op, x, y):
+            return self.emit(op(self.emit(R.multiply(*x)), self.emit(R.multiply(*y))))
+
+        real, imaginary = combine(R.subtract, (a, c), (b, d)), combine(R.add, (a, d), (b, c))
+        return self.emit(R.concat([real, imaginary], axis=-1))
+
+    def convert_to(self, node):
+        return self.env[node.args[0]] if _is_complex(node) else self._plain["to.dtype_layout"](node)
+
+    def convert_to_copy(self, node):
+        return self.env[node.args[0]] if _is_complex(node) else self._plain["_to_copy.default"](node)
+
+
+def _is_complex(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_complex()

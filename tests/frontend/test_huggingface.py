@@ -1,0 +1,20 @@
+"""The Hugging Face door against transformers' own numbers."""
+
+import numpy as np
+import pytest
+from llmc.frontend.huggingface import load
+
+KINDS = ["llama", "gemma2", "gpt_oss", "deepseek_v3", "llama4_text", "mixtral", "phi3", "gpt2", "olmo"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_imported_model_computes_what_transformers_does(
+    kind, tmp_path, make_model, transformers_logits, imported_logits
+):
+    model = make_model(kind)
+    model.save_pretrained(tmp_path)
+    imported = load(tmp_path)
+    tokens = np.random.default_rng(0).integers(3, 256, 77)  # past the windows (9), the chunks (8) and longrope's 64
+    want = transformers_logits(model, tokens)
+    error = np.abs(imported_logits(imported, tokens) - want).max()
+    assert error < 1e-5 * np.ptp(want)  # float32 both, sums in another order
