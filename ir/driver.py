@@ -6,11 +6,16 @@ may not be read holds NaN: the scratch page, pages never written, slots past the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 
+import ml_dtypes
 import numpy as np
+import tvm
 
-__all__ = ["Pages"]
+from llmc.ir.evaluate import Reference
+
+__all__ = ["Driver", "Pages", "numpy_dtype", "state_of"]
 
 
 class Pages:
@@ -50,3 +55,84 @@ class Pages:
             indices += pages
             last.append(length - (len(pages) - 1) * self.page_size)
         return tuple(np.array(a, "int32") for a in (indptr, indices, last))
+
+
+class Driver:
+    """Serve sequences with a program whose attention is paged, by reference.
+
+        driver = Driver(module, weights)
+        driver.step({"a": [5, 9, 3], "b": [7]})      -> {"a": logits [3, vocab], "b": logits [1, vocab]}
+        driver.step({"a": [1]}, rows={"a": [0]})     one more token of a; rows: which new tokens are asked for
+
+    weights: name -> array, for all names in the functions' attribute llmc.weights. The program may stand anywhere
+    between page_attention and the ragged form: parameters are filled by their names, and `embed` is called where
+    there is one.
+    """
+
+    def __init__(self, module: tvm.IRModule, weights: Mapping[str, np.ndarray], *, pages: int = 64, seed: int = 0):
+        self.reference = Reference(module)
+        self.inputs = {v.name_hint: input_names(f) for v, f in module.functions.items() if v.name_hint in FUNCTIONS}
+        names = {f: list(map(str, module[f].attrs["llmc.weights"])) for f in self.inputs}
+        loaded = {
+            n: tvm.runtime.tensor(np.ascontiguousarray(weights[n])) for n in {n for ns in names.values() for n in ns}
+        }
+        self.weights = {f: [loaded[n] for n in ns] for f, ns in names.items()}
+        self.page_count = pages
+        self.state = state_of(module)
+        self.groups = [Pages(g["page_size"], pages, g["window"], g["chunk"], seed) for g in self.state]
+        self.pools = {
+            t["name"]: tvm.runtime.tensor(np.full((pages, *t["shape"]), np.nan, numpy_dtype(t["dtype"])))
+            for group in self.state
+            for t in group["tensors"]
+        }
+
+    def length(self, sequence: object) -> int:
+        return self.groups[0].length.get(sequence, 0) if self.groups else 0
+
+    def step(
+        self, batch: Mapping[object, Sequence[int]], rows: Mapping[object, Sequence[int]] | None = None
+    ) -> dict[object, np.ndarray]:
+        """Adds the new tokens of each sequence; returns the logits of `rows` of these (None: of all)."""
+        tokens = [np.asarray(t, "int32") for t in batch.values()]
+        indptr = np.cumsum([0, *map(len, tokens)])
+        positions = [self.length(s) + np.arange(len(t)) for s, t in zip(batch, tokens, strict=True)]
+        asked = {s: np.arange(len(t)) if rows is None else np.asarray(rows[s]) for s, t in batch.items()}
+        values = {
+            "tokens": np.concatenate(tokens),
+            "positions": np.concatenate(positions)[None],
+            "qo_indptr": indptr,
+            "logit_rows": np.concatenate([start + r for start, r in zip(indptr, asked.values(), strict=False)]),
+        }
+        for i, group in enumerate(self.groups):
+            table = group.extend({s: len(t) for s, t in zip(batch, tokens, strict=True)})
+            values |= {f"{n}_{i}": t for n, t in zip(TABLES, table, strict=True)}
+        values = {k: np.asarray(v, "int32") for k, v in values.items()} | self.pools
+        if "embed" in self.inputs:
+            values["hidden"] = self.call("embed", values)
+        logits = self.call("step", values)
+        if "logit_rows" not in self.inputs["step"]:
+            logits = logits[values["logit_rows"]]
+        return dict(zip(batch, np.split(logits, np.cumsum([len(r) for r in asked.values()])[:-1]), strict=True))
+
+    def call(self, function: str, values: Mapping[str, object]) -> np.ndarray:
+        inputs = [values[name] for name in self.inputs[function]]
+        return self.reference(*inputs, *self.weights[function], function=function)
+
+
+FUNCTIONS = ("embed", "step")
+TABLES = ("kv_indptr", "kv_indices", "kv_last_page_len")
+
+
+def input_names(function: tvm.relax.Function) -> list[str]:
+    """The names of a function's parameters that are no weights."""
+    return [p.name for p in list(function.params)[: int(function.attrs["num_input"])]]
+
+
+def state_of(module: tvm.IRModule) -> list[dict]:
+    """The state groups of `step`: what its attribute llmc.state says."""
+    return json.loads(str(module["step"].attrs["llmc.state"]))
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """The numpy dtype of a TVM dtype's name; bfloat16 is ml_dtypes'."""
+    return np.dtype(getattr(ml_dtypes, name, name))

@@ -24,7 +24,8 @@ import functools
 import tvm
 from tvm.script import tirx as T
 
-OP = "llmc.op"
+from llmc.ir.ops import OP
+
 APPEND_PAGES = "append_pages"
 PAGED_ATTENTION = "paged_attention"
 OPAQUE = 8  # relax's OpPatternKind: never fused with a neighbour
