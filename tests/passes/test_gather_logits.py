@@ -12,11 +12,11 @@ from llmc.ir.rewrite import Rewriter, bindings, op_name
 from llmc.passes.gather_logits import GatherLogits
 from llmc.passes.page_attention import PageAttention
 from llmc.passes.split_embedding import SplitEmbedding
-from tests import serving, textbook
+from tests import decoders, serving
 from tests.serving import GOAL, TOLERANCE
 
 
-class Experts(textbook.Decoder):
+class Experts(decoders.Decoder):
     """A mixture in place of the MLP: two of four experts a token, so that some values have two rows a token."""
 
     def mlp(self, at, x):
@@ -44,13 +44,13 @@ def gathered(decoder):
     return module
 
 
-@pytest.mark.parametrize("make", [textbook.Decoder, Experts])
+@pytest.mark.parametrize("make", [decoders.Decoder, Experts])
 def test_serving_equals_the_textbook(make):
     decoder = make()
     assert serving.error_of(gathered(decoder), decoder) < TOLERANCE
 
 
-@pytest.mark.parametrize("make", [textbook.Decoder, Experts])
+@pytest.mark.parametrize("make", [decoders.Decoder, Experts])
 def test_rows_are_those_of_the_whole_bit_for_bit(make):
     decoder = make()
     module = gathered(decoder)
@@ -72,11 +72,11 @@ def rows_of(module, function="step"):
 
 def test_the_last_block_works_on_asked_rows_only():
     # A block has 7 matmuls, of which q, k and v lead to its attention; the head is one more.
-    assert rows_of(gathered(textbook.Decoder(layers=2))) == (10, 5)
+    assert rows_of(gathered(decoders.Decoder(layers=2))) == (10, 5)
 
 
 def test_answer_rows_are_counted_by_a_variable_of_their_own():
-    step = gathered(textbook.Decoder(layers=1))["step"]
+    step = gathered(decoders.Decoder(layers=1))["step"]
     names = [p.name for p in step.params]
     assert names[:4] == ["hidden", "positions", "qo_indptr", "logit_rows"]
     assert int(step.attrs["num_input"]) == 9
@@ -85,7 +85,7 @@ def test_answer_rows_are_counted_by_a_variable_of_their_own():
 
 
 def test_logits_are_float32():
-    module = gathered(textbook.Decoder(dtype="bfloat16", stored="bfloat16"))
+    module = gathered(decoders.Decoder(dtype="bfloat16", stored="bfloat16"))
     assert str(module["step"].ret_ty.dtype) == "float32"
 
 
@@ -102,5 +102,5 @@ class Reversed(Rewriter):
 
 
 def test_wrongly_gathered_rows_show():
-    decoder = textbook.Decoder()
+    decoder = decoders.Decoder()
     assert serving.error_of(Reversed(gathered(decoder), "step").run(), decoder) > 1e-2

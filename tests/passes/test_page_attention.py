@@ -9,7 +9,7 @@ from llmc.ir.driver import Driver, state_of
 from llmc.ir.ops import op_of
 from llmc.ir.rewrite import Rewriter
 from llmc.passes.page_attention import PageAttention
-from tests import serving, textbook
+from tests import decoders, serving
 from tests.serving import GOAL, TOLERANCE
 
 KINDS = {
@@ -31,12 +31,12 @@ def paged(decoder, goal=GOAL):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_serving_equals_the_textbook(kind):
-    decoder = textbook.Decoder(**KINDS[kind])
+    decoder = decoders.Decoder(**KINDS[kind])
     assert serving.error_of(paged(decoder), decoder) < TOLERANCE
 
 
 def test_alone_equals_batch_equals_chunks_bit_for_bit():
-    decoder = textbook.Decoder(windows=(0, 5))
+    decoder = decoders.Decoder(windows=(0, 5))
     module, tokens = paged(decoder), serving.sequences(decoder.vocab)
     cut = serving.served_logits(module, decoder.weights, tokens)
     batch = serving.served_logits(module, decoder.weights, tokens, [serving.LENGTHS], seed=1)
@@ -48,7 +48,7 @@ def test_alone_equals_batch_equals_chunks_bit_for_bit():
 
 
 def test_one_sequence_never_touches_another():
-    decoder = textbook.Decoder()
+    decoder = decoders.Decoder()
     module, tokens = paged(decoder), serving.sequences(decoder.vocab)
     before = serving.served_logits(module, decoder.weights, tokens)
     tokens["c"] = (tokens["c"] + 1) % decoder.vocab
@@ -57,7 +57,7 @@ def test_one_sequence_never_touches_another():
 
 
 def test_layers_of_one_reach_share_a_group():
-    state = state_of(paged(textbook.Decoder(layers=3, windows=(5, 0, 5))))
+    state = state_of(paged(decoders.Decoder(layers=3, windows=(5, 0, 5))))
     assert [(g["kind"], g["page_size"], g["window"], g["chunk"], g["layers"]) for g in state] == [
         ("paged", 4, 5, 0, [0, 2]),
         ("paged", 4, 0, 0, [1]),
@@ -71,14 +71,14 @@ def test_layers_of_one_reach_share_a_group():
 def test_key_pages_lie_as_the_target_asks():
     from llmc.passes.goal import Goal
 
-    decoder = textbook.Decoder(layers=1, v_dim=4)
+    decoder = decoders.Decoder(layers=1, v_dim=4)
     module = paged(decoder, Goal(page_size=4))
     assert [t["shape"] for t in state_of(module)[0]["tensors"]] == [[2, 4, 8], [2, 4, 4]]
     assert serving.error_of(module, decoder) < TOLERANCE
 
 
 def test_half_precision_pages():
-    decoder = textbook.Decoder(dtype="bfloat16", stored="bfloat16")
+    decoder = decoders.Decoder(dtype="bfloat16", stored="bfloat16")
     module = paged(decoder)
     assert {t["dtype"] for g in state_of(module) for t in g["tensors"]} == {"bfloat16"}
     # Attention rounds once to bfloat16 (2^-9), and each of two layers' sums of rounded numbers drifts by a few of
@@ -142,12 +142,12 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_shows(fault):
-    decoder = textbook.Decoder(windows=(6, 0), chunks=(0, 7), softcap=1.5)
+    decoder = decoders.Decoder(windows=(6, 0), chunks=(0, 7), softcap=1.5)
     assert serving.error_of(Fault(paged(decoder), FAULTS[fault]).run(), decoder) > 1e-3
 
 
 def test_a_lost_sink_shows():
-    decoder = textbook.Decoder(sinks=True)
+    decoder = decoders.Decoder(sinks=True)
 
     def change(at, op, call):
         if op != paging.PAGED_ATTENTION:
@@ -160,12 +160,12 @@ def test_a_lost_sink_shows():
 
 
 def test_equal_layers_share_functions():
-    module = paged(textbook.Decoder(layers=4))
+    module = paged(decoders.Decoder(layers=4))
     assert len([f for f in module.functions.values() if isinstance(f, tvm.tirx.PrimFunc)]) == 3
 
 
 def test_the_driver_starts_from_nothing():
-    decoder = textbook.Decoder(layers=1)
+    decoder = decoders.Decoder(layers=1)
     driver = Driver(paged(decoder), decoder.weights)
     assert all(np.isnan(p.numpy()).all() for p in driver.pools.values())
     assert driver.length("a") == 0

@@ -11,11 +11,11 @@ from llmc.ir.errors import CompileError
 from llmc.ir.rewrite import bindings, op_name
 from llmc.passes.page_attention import PageAttention
 from llmc.passes.split_embedding import SplitEmbedding
-from tests import serving, textbook
+from tests import decoders, serving
 from tests.serving import GOAL, TOLERANCE
 
 
-class PerLayer(textbook.Decoder):
+class PerLayer(decoders.Decoder):
     """Beside the embedding, a table of a vector a layer, of clipped tokens (as gemma3n has it)."""
 
     def embedding(self, tokens):
@@ -41,7 +41,7 @@ def weights(module, function):
     return list(map(str, module[function].attrs["llmc.weights"]))
 
 
-@pytest.mark.parametrize("make", [textbook.Decoder, PerLayer])
+@pytest.mark.parametrize("make", [decoders.Decoder, PerLayer])
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 def test_serving_equals_the_textbook(make, stored):
     decoder = make(stored=stored)
@@ -49,7 +49,7 @@ def test_serving_equals_the_textbook(make, stored):
 
 
 def test_each_function_keeps_its_weights():
-    module = split(textbook.Decoder(layers=1))
+    module = split(decoders.Decoder(layers=1))
     assert names(module, "embed") == ["tokens", "embed_tokens_weight"]
     assert weights(module, "embed") == ["embed_tokens.weight"]
     assert names(module, "step")[:3] == ["hidden", "positions", "qo_indptr"]
@@ -59,7 +59,7 @@ def test_each_function_keeps_its_weights():
 
 
 def test_a_tied_table_is_a_weight_of_both():
-    decoder = textbook.Decoder(layers=1, tied=True)
+    decoder = decoders.Decoder(layers=1, tied=True)
     module = split(decoder)
     assert weights(module, "embed") == ["embed_tokens.weight"]
     assert "embed_tokens.weight" in weights(module, "step")
@@ -67,7 +67,7 @@ def test_a_tied_table_is_a_weight_of_both():
 
 
 def test_rows_are_cast_after_the_lookup():
-    ops = [op_name(b.value) for b in bindings(split(textbook.Decoder(stored="bfloat16"))["embed"])]
+    ops = [op_name(b.value) for b in bindings(split(decoders.Decoder(stored="bfloat16"))["embed"])]
     assert ops == ["take", "astype"]
 
 
@@ -87,7 +87,7 @@ def test_several_lookups_stand_side_by_side():
         np.testing.assert_array_equal(parts[width], want[width])
 
 
-class Counting(textbook.Decoder):
+class Counting(decoders.Decoder):
     """Takes the token's number for a feature."""
 
     def embedding(self, tokens):
@@ -101,7 +101,7 @@ def test_tokens_used_as_numbers_are_refused():
     assert error.value.op == "astype"
 
 
-class Sideways(textbook.Decoder):
+class Sideways(decoders.Decoder):
     def embedding(self, tokens):
         table = self.weight("embed_tokens.weight", self.hidden, self.vocab)
         return self.emit(R.permute_dims(self.emit(R.take(table, tokens, axis=1)), [1, 0]))
@@ -112,7 +112,7 @@ def test_a_lookup_of_columns_is_refused():
         split(Sideways())
 
 
-class Blind(textbook.Decoder):
+class Blind(decoders.Decoder):
     """Never looks at its tokens."""
 
     def embedding(self, tokens):
