@@ -8,7 +8,11 @@ from typing import Protocol
 
 import tvm
 
+from llmc.ir import forms
+from llmc.passes.drop_batch_axis import DropBatchAxis
 from llmc.passes.goal import Goal
+from llmc.passes.prove_token_locality import ProveTokenLocality
+from llmc.passes.raise_positions import RaisePositions
 
 __all__ = ["PIPELINE", "Pass", "Stage"]
 
@@ -31,4 +35,6 @@ class Stage:
     form: Callable[[tvm.IRModule], None]
 
 
-PIPELINE: tuple[Stage, ...] = ()
+PIPELINE: tuple[Stage, ...] = (
+    Stage("textbook", (RaisePositions(), DropBatchAxis(), ProveTokenLocality()), forms.check_textbook),
+)
