@@ -36,7 +36,7 @@ def program(
 
 
 def embedded(body: Callable, **weights: tuple) -> tvm.IRModule:
-    """A program over x [1, n, 8], an embedding of tokens: body(emit, x, positions, n, **weights) -> [1, n, anything]."""
+    """A program over x [1, n, 8], an embedding of tokens: body(emit, x, positions, n, **weights) -> [1, n, …]."""
 
     def main(builder, tokens, positions, table, **others):
         x = builder.emit(R.take(table, tokens, 0))
