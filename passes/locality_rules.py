@@ -407,9 +407,11 @@ def append_pages(site: Site) -> State:
 
 
 def paged_attention(site: Site) -> State:
-    q, k_pages, v_pages, *rest = site.states
-    rest = rest[1:] if rest and rest[0] is UNIFORM else rest  # sinks
-    if q != Token(0) or k_pages != v_pages or k_pages != Opaque("pages") or any(t != Opaque("table") for t in rest):
+    """q, then pages (of keys and values, or of a latent), then sinks or not, then page tables."""
+    q, *rest = site.states
+    pages = rest.count(Opaque("pages"))
+    tables = rest[pages + (UNIFORM in rest) :]
+    if q != Token(0) or not pages or set(rest[:pages]) != {Opaque("pages")} or set(tables) != {Opaque("table")}:
         raise Mixing(f"expected one row a token, pages, and page tables, found {site.states}")
     return q
 
