@@ -14,7 +14,7 @@ from tvm import relax, tirx
 
 from llmc.ir.errors import FormError
 
-__all__ = ["check_imported", "check_textbook", "shape_text", "weight_names", "weights_of"]
+__all__ = ["check_imported", "check_textbook", "check_well_formed", "shape_text", "weight_names", "weights_of"]
 
 FLOATS = ("float32", "float16", "bfloat16")
 
@@ -27,6 +27,15 @@ def check_imported(module: tvm.IRModule) -> None:
 def check_textbook(module: tvm.IRModule) -> None:
     """Raises FormError unless the module is in the textbook form."""
     _check_main(module, "textbook", batch=False)
+
+
+def check_well_formed(module: tvm.IRModule) -> None:
+    """TVM's own rules: every variable defined once and before its use, types that agree."""
+    try:
+        relax.analysis.well_formed(module)
+    except (ValueError, RuntimeError, TypeError, tvm.error.TVMError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise FormError(f"expected a well-formed module, found: {reason}") from error
 
 
 def weight_names(function: relax.Function) -> list[str]:

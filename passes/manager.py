@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import tvm
-from tvm import relax
 
-from llmc.ir.errors import CompileError, FormError
+from llmc.ir.errors import CompileError
+from llmc.ir.forms import check_well_formed
 from llmc.ir.text import diff
 from llmc.passes.goal import Goal
 from llmc.passes.pipeline import PIPELINE, Pass, Stage
@@ -81,15 +81,6 @@ def run(
         if level >= 1:
             log(f"stage {stage.name}: {entry['seconds']:.3f} s")
     return Result(module, record)
-
-
-def check_well_formed(module: tvm.IRModule) -> None:
-    """TVM's own rules: every variable defined once and before its use, types that agree."""
-    try:
-        relax.analysis.well_formed(module)
-    except (ValueError, RuntimeError, TypeError, tvm.error.TVMError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise FormError(f"expected a well-formed module, found: {reason}") from error
 
 
 def debug_level() -> int:

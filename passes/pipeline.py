@@ -10,9 +10,12 @@ import tvm
 
 from llmc.ir import forms
 from llmc.passes.drop_batch_axis import DropBatchAxis
+from llmc.passes.gather_logits import GatherLogits
 from llmc.passes.goal import Goal
+from llmc.passes.page_attention import PageAttention
 from llmc.passes.prove_token_locality import ProveTokenLocality
 from llmc.passes.raise_positions import RaisePositions
+from llmc.passes.split_embedding import SplitEmbedding
 
 __all__ = ["PIPELINE", "Pass", "Stage"]
 
@@ -37,4 +40,5 @@ class Stage:
 
 PIPELINE: tuple[Stage, ...] = (
     Stage("textbook", (RaisePositions(), DropBatchAxis(), ProveTokenLocality()), forms.check_textbook),
+    Stage("ragged", (PageAttention(), SplitEmbedding(), GatherLogits()), forms.check_well_formed),
 )
