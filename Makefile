@@ -13,6 +13,10 @@ $(VENV)/.stamp: pyproject.toml
 	$(BIN)/pip install --quiet -e '.[compile,dev]'
 	touch $@
 
+demo: environment
+	$(BIN)/llmc compile tests/data/tiny-python/model.safetensors --target cpu -o build/tiny-python.llmc --overwrite
+	$(BIN)/llmc run build/tiny-python.llmc "def read_lines(path):" --max-tokens 48 --stats
+
 test: environment lint
 	$(BIN)/pytest -n 2 -m 'not slow' -q
 

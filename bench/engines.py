@@ -28,7 +28,7 @@ class Engine(Protocol):
         """Seconds from a fresh prompt of that many tokens to its last token's logits."""
 
     def decode(self, context: int, batch: int, steps: int) -> float:
-        """Seconds of a step that decodes a token of each of `batch` sequences of `context` tokens: median of `steps`."""
+        """Seconds of a step that decodes one token of each of `batch` sequences of `context` tokens: the median."""
 
 
 class Prompts:
@@ -45,10 +45,10 @@ class Prompts:
 class Llmc:
     """An artifact through the public interface: scheduling, sampling and streaming are in the time."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, target: str | None = None):
         import llmc
 
-        self.model = llmc.load(path)
+        self.model = llmc.load(path, target=target)
         self.vocab_size = self.model.info["model"]["vocab_size"]
         self.prompts = Prompts(self.vocab_size)
 

@@ -135,17 +135,10 @@ def table(found: dict) -> str:
     for task, engines in found["seconds"].items():
         rate = {e: [tokens(task) / s for s in seconds] for e, seconds in engines.items()}
         for engine, rates in rate.items():
-            mine = (
-                "llmc-float32" if engine == "transformers-float32" or "llmc-bfloat16" not in rate else "llmc-bfloat16"
-            )
-            if engine == "llama.cpp":
-                mine = "llmc-float32"
-            ratio = (
-                "" if engine.startswith("llmc") else f"{statistics.median(rate[mine]) / statistics.median(rates):.2f}"
-            )
-            lines.append(
-                f"| {task} | {engine} | {statistics.median(rates):.1f} | {min(rates):.1f} to {max(rates):.1f} | {ratio} |"
-            )
+            mine = "llmc-bfloat16" if engine.endswith("bfloat16") and "llmc-bfloat16" in rate else "llmc-float32"
+            median = statistics.median(rates)
+            ratio = "" if engine.startswith("llmc") else f"{statistics.median(rate[mine]) / median:.2f}"
+            lines.append(f"| {task} | {engine} | {median:.1f} | {min(rates):.1f} to {max(rates):.1f} | {ratio} |")
     lines.append("")
     lines.append(f"read bandwidth {found['bandwidth'] / 1e9:.1f} GB/s on {cores()} cores")
     return "\n".join(lines)

@@ -229,3 +229,7 @@ def stop(message: str, *, code: int) -> None:
         raise
     print("llmc: " + " ".join(message.split()), file=sys.stderr)
     raise SystemExit(code) from None
+
+
+if __name__ == "__main__":
+    main()
