@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: environment demo test test-all lint
+.PHONY: environment demo test test-all types lint
 
 environment: $(VENV)/.stamp
 
@@ -17,11 +17,16 @@ demo: environment
 	$(BIN)/llmc compile tests/data/tiny-python/model.safetensors --target cpu -o build/tiny-python.llmc --overwrite
 	$(BIN)/llmc run build/tiny-python.llmc "def read_lines(path):" --max-tokens 48 --stats
 
-test: environment lint
+test: environment lint types
 	$(BIN)/pytest -n 2 -m 'not slow' -q
 
 test-all: environment lint
 	$(BIN)/pytest -n 2 -q
+
+# Type checkers read the installed package, not an editable one.
+types: environment
+	rm -rf build/types && $(BIN)/pip install --quiet --no-deps --target build/types .
+	cd build && MYPYPATH=types ../$(BIN)/mypy --config-file ../pyproject.toml -p llmc
 
 lint: environment
 	$(BIN)/ruff check .

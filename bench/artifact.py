@@ -39,15 +39,15 @@ class Figures:
         return {**asdict(self), "share_of_bandwidth": self.share_of_bandwidth}
 
     def __str__(self) -> str:
+        decode, read = self.decode_bytes_per_second / 1e9, self.read_bytes_per_second / 1e9
         return "\n".join(
             [
                 f"{self.artifact}: {self.target} on {self.cores} cores, loaded in {self.load_seconds:.2f} s",
                 f"prefill   {self.prefill_tokens_per_second:.1f} tokens/s over {self.prompt} tokens, "
                 f"first token after {1e3 * self.first_token_seconds:.0f} ms",
                 f"decode    {self.decode_tokens_per_second:.1f} tokens/s at context {self.context}, batch {self.batch}",
-                f"bandwidth {self.decode_bytes_per_second / 1e9:.1f} GB/s of weights, "
-                f"{100 * self.share_of_bandwidth:.0f}% of the {self.read_bytes_per_second / 1e9:.1f} GB/s measured here",
-                f"memory    {self.peak_bytes / 1e6:.0f} MB at the peak, {self.weights_bytes / 1e6:.0f} MB of it weights",
+                f"bandwidth {decode:.1f} GB/s of weights, {100 * decode / read:.0f}% of the {read:.1f} GB/s read here",
+                f"memory    {self.peak_bytes / 1e6:.0f} MB at the peak; weights {self.weights_bytes / 1e6:.0f} MB",
             ]
         )
 
