@@ -34,13 +34,15 @@ class Imported:
     """A model as a door hands it over.
 
     module: the imported form. weights: every weight that the module takes, by name. facts: JSON-able facts of the
-    model. files: files that travel into the artifact (tokenizer, chat template, generation config).
+    model. files: files that travel into the artifact (tokenizer, chat template, generation config). origin: name, size
+    and time of change (ns) of every file of the source, by which a later compilation knows it again.
     """
 
     module: tvm.IRModule
     weights: Mapping[str, LazyTensor]
     facts: dict[str, Any]
     files: dict[str, bytes]
+    origin: list[tuple[str, int, int]]
 
 
 def load(source: str | os.PathLike, *, dtype: str | None = None, max_context: int | None = None) -> Imported:
@@ -89,7 +91,9 @@ def load(source: str | os.PathLike, *, dtype: str | None = None, max_context: in
         "max_context": max_context,
         "notes": notes,
     }
-    return Imported(module, {name: weights[name] for name in used}, facts, files)
+    status = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
+    origin = [(name, found.st_size, found.st_mtime_ns) for name, found in status.items()]
+    return Imported(module, {name: weights[name] for name in used}, facts, files, origin)
 
 
 def locate(source: str | os.PathLike) -> tuple[Path, Path | None]:
