@@ -10,7 +10,7 @@ import numpy as np
 
 from . import artifact
 from .engine import Engine
-from .errors import ArtifactError
+from .errors import ArtifactError, RequestError
 from .executor import CpuExecutor, available_bytes, page_bytes
 from .request import Chunk, Completion, Job, Logits, Request, Scores
 from .sampler import Sampling
@@ -44,7 +44,7 @@ def load(
     if cache_tokens is not None and (
         isinstance(cache_tokens, bool) or not isinstance(cache_tokens, int) or cache_tokens < 1
     ):
-        raise ValueError(f"cache_tokens: expected a whole number of at least 1, found {cache_tokens!r}")
+        raise RequestError(f"cache_tokens: expected a whole number of at least 1, found {cache_tokens!r}")
     pages = _pages(entry.state, cache_tokens)
     executor = CpuExecutor(folder, manifest, entry, pages)
     tokenizer = Tokenizer(folder, list(manifest.files)) if "tokenizer.json" in manifest.files else None
@@ -74,7 +74,7 @@ def _eos_token_ids(folder: Path, manifest: artifact.Manifest) -> tuple[int, ...]
                 f"{folder / 'generation_config.json'}: expected a JSON object, found {error}"
             ) from error
     if found is None:
-        found = manifest.model.get("eos_token_id")
+        found = manifest.model.get("eos_token_ids")
     return tuple(found) if isinstance(found, list) else () if found is None else (int(found),)
 
 
@@ -104,7 +104,7 @@ class Model:
         """One prompt -> Completion; a list of prompts -> list of Completions in that order, computed together.
 
         A prompt is a str, a list of token ids, or a list of {"role", "content"} messages (one chat). Sampling
-        parameters are those of `Sampling`. Raises ValueError for a prompt or parameter that can't be used, TypeError
+        parameters are those of `Sampling`. Raises RequestError for a prompt or parameter that can't be used, TypeError
         for an unknown one.
         """
         if _is_prompt(prompts):
@@ -151,10 +151,10 @@ class Model:
         wanted = Sampling.of(**sampling)
         tokens = self._tokens(prompt, wanted.add_special_tokens)
         if wanted.stop and self.tokenizer is None:
-            raise ValueError("stop: this artifact has no tokenizer, so stop strings can't be found; use stop_token_ids")
+            raise RequestError("stop: this artifact has no tokenizer, so stop strings can't be found; use stop_token_ids")
         for token in wanted.stop_token_ids:
             if token >= self.vocab_size:
-                raise ValueError(f"stop_token_ids: expected ids below {self.vocab_size}, found {token}")
+                raise RequestError(f"stop_token_ids: expected ids below {self.vocab_size}, found {token}")
         detokenizer = None
         if self.tokenizer is not None:
             detokenizer = Detokenizer(self.tokenizer, tokens[-8:].tolist(), wanted.stop)
@@ -204,19 +204,19 @@ class Model:
         else:
             tokens = _ids(prompt)
         if not len(tokens):
-            raise ValueError("the prompt is empty: expected at least one token")
+            raise RequestError("the prompt is empty: expected at least one token")
         wrong = tokens[(tokens < 0) | (tokens >= self.vocab_size)]
         if len(wrong):
-            raise ValueError(f"the prompt has the token id {wrong[0]}: expected ids from 0 to {self.vocab_size - 1}")
+            raise RequestError(f"the prompt has the token id {wrong[0]}: expected ids from 0 to {self.vocab_size - 1}")
         if len(tokens) > self.max_context:
-            raise ValueError(
+            raise RequestError(
                 f"the prompt has {len(tokens)} tokens: the model's context is {self.max_context}; shorten the prompt"
             )
         return tokens.astype(np.int32)
 
     def _need_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
-            raise ValueError(f"this artifact has no tokenizer: expected a list of token ids, found {what}")
+            raise RequestError(f"this artifact has no tokenizer: expected a list of token ids, found {what}")
         return self.tokenizer
 
     def close(self) -> None:
@@ -296,7 +296,7 @@ def _is_prompt(value: Any) -> bool:
     if isinstance(value, np.ndarray):
         return value.ndim == 1 and value.dtype.kind in "iu"
     if not isinstance(value, list | tuple):
-        raise ValueError(f"expected a prompt (text, token ids, messages) or a list of prompts, found {value!r:.60}")
+        raise RequestError(f"expected a prompt (text, token ids, messages) or a list of prompts, found {value!r:.60}")
     return len(value) == 0 or _is_int(value[0]) or isinstance(value[0], dict)
 
 
@@ -305,5 +305,5 @@ def _ids(value: Any) -> np.ndarray:
         isinstance(value, list | tuple) and all(_is_int(i) for i in value)
     )  # fmt: skip
     if not usable:
-        raise ValueError(f"a prompt is text, a list of token ids or a list of messages, found {value!r:.60}")
+        raise RequestError(f"a prompt is text, a list of token ids or a list of messages, found {value!r:.60}")
     return np.asarray(value, np.int64)

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .errors import RequestError
+
 
 class TokenLogprob(NamedTuple):
     """Natural log-probability of a chosen token under the model, and the k best at its place, best first."""
@@ -44,7 +46,7 @@ class Sampling:
     plain: bool = field(init=False, default=False, repr=False)  # the best token of the untouched logits
 
     def __post_init__(self):
-        """Raises ValueError naming the parameter, what it may be, and what was found."""
+        """Raises RequestError naming the parameter, what it may be, and what was found."""
         put = object.__setattr__
         for name, low in (("max_tokens", 1), ("min_tokens", 0), ("top_k", -1)):
             put(self, name, _integer(name, getattr(self, name), low))
@@ -57,12 +59,12 @@ class Sampling:
             put(self, "logprobs", _integer("logprobs", self.logprobs, 0))
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(_sequence("stop", self.stop, "strings"))
         if not all(isinstance(s, str) and s for s in stop):
-            raise ValueError(f"stop: expected a string or a list of strings, none empty, found {self.stop!r}")
+            raise RequestError(f"stop: expected a string or a list of strings, none empty, found {self.stop!r}")
         put(self, "stop", stop)
         ids = _sequence("stop_token_ids", self.stop_token_ids, "token ids")
         put(self, "stop_token_ids", tuple(_integer("stop_token_ids", i, 0) for i in ids))
         if self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens: expected at most max_tokens ({self.max_tokens}), found {self.min_tokens}")
+            raise RequestError(f"min_tokens: expected at most max_tokens ({self.max_tokens}), found {self.min_tokens}")
         put(
             self,
             "plain",
@@ -97,7 +99,7 @@ _RANGES = (
 def _number(name: str, value: Any, low: float, high: float, what: str) -> float:
     usable = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if not usable or not low <= value <= high or (value == 0 and "above 0" in what):
-        raise ValueError(f"{name}: expected {what}, found {value!r}")
+        raise RequestError(f"{name}: expected {what}, found {value!r}")
     return float(value)
 
 
@@ -105,7 +107,7 @@ def _integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or value < low or (high is not None and value > high):
         upto = f" and at most {high}" if high is not None else ""
-        raise ValueError(f"{name}: expected a whole number of at least {low}{upto}, found {value!r}")
+        raise RequestError(f"{name}: expected a whole number of at least {low}{upto}, found {value!r}")
     return int(value)
 
 
@@ -113,7 +115,7 @@ def _sequence(name: str, value: Any, what: str) -> Sequence:
     if value is None:
         return ()
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise ValueError(f"{name}: expected a list of {what}, found {value!r}")
+        raise RequestError(f"{name}: expected a list of {what}, found {value!r}")
     return list(value)
 
 
