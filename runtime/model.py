@@ -151,7 +151,9 @@ class Model:
         wanted = Sampling.of(**sampling)
         tokens = self._tokens(prompt, wanted.add_special_tokens)
         if wanted.stop and self.tokenizer is None:
-            raise RequestError("stop: this artifact has no tokenizer, so stop strings can't be found; use stop_token_ids")
+            raise RequestError(
+                "stop: this artifact has no tokenizer, so stop strings can't be found; use stop_token_ids"
+            )
         for token in wanted.stop_token_ids:
             if token >= self.vocab_size:
                 raise RequestError(f"stop_token_ids: expected ids below {self.vocab_size}, found {token}")
