@@ -193,8 +193,9 @@ REFUSED = {
         "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm", "zamba2", "zaya",
     ],
     OWN_ATTENTION: [
-        "big_bird", "bloom", "codegen", "doge", "falcon", "git", "gpt_neo", "gpt_neox_japanese", "gptj", "megatron-
-        bert", "mpt", "mvp", "openai-gpt", "prophetnet", "reformer", "rembert", "roformer", "trocr", "xglm", "xlm",
+        "big_bird", "bloom", "codegen", "doge", "falcon", "git", "gpt_neo", "gpt_neox_japanese", "gptj",
+        "megatron-bert", "mpt", "mvp", "openai-gpt", "prophetnet", "reformer",
+        "rembert", "roformer", "trocr", "xglm", "xlm",
     ],
     SPARSE: [
         "axk2", "deepseek_v32", "deepseek_v4", "dots3_note", "dots3_note_text", "glm_moe_dsa", "hy_v4",

@@ -56,8 +56,12 @@ HARMLESS = {
 }
 
 
-def attention(module, q, k, v, mask, scaling=None, softcap=None, s_aux=None, dropout=0.0, **others):
-    """transformers' attention interface: q [1, h, n, d], k [1, g, n, d], v [1, g, n, e] -> ([1, n, h, e], None)."""
+def attention(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, dropout=0.0, **others):
+    """transformers' attention interface: q [1, h, n, d], k [1, g, n, d], v [1, g, n, e] -> ([1, n, h, e], None).
+
+    The names of the arguments are the interface's: some models pass all of them by name.
+    """
+    q, k, v, mask = query, key, value, attention_mask
     layer = type(module).__name__
     for name, value in others.items():
         if value is not None and name not in HARMLESS:

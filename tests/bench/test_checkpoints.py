@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import safetensors
 import torch
+
 from llmc.bench import checkpoints, configs
 
 torch.set_num_threads(1)

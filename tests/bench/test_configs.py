@@ -1,9 +1,10 @@
 """The sweep's models: every type has one, with the structure that faults hide in."""
 
 import pytest
-from llmc.bench import configs
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from llmc.bench import configs
 
 BUILT = [name for name in configs.names() if name not in configs.UNBUILT]
 

@@ -1,0 +1,107 @@
+"""The sweep itself: its verdicts whatever a child process does, its table, and a cover of the types."""
+
+import json
+from argparse import Namespace
+
+import pytest
+
+from llmc.bench import architectures, configs
+
+
+@pytest.fixture
+def options():
+    return Namespace(jobs=1, timeout=60, mutate=False)
+
+
+def fake(monkeypatch, tmp_path, code):
+    """A child process that runs `code` with the path of its result in `result`."""
+    prelude = "import sys, pathlib, json\nresult = pathlib.Path(sys.argv[sys.argv.index('--work') + 1])"
+    script = tmp_path / "child.sh"
+    script.write_text(f'#!/bin/sh\nexec python3 - "$@" <<"END"\n{prelude} / "results" / "llama.json"\n{code}\nEND\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(architectures.sys, "executable", str(script))
+    (tmp_path / "results").mkdir()
+
+
+def test_a_crash_is_an_error_with_its_last_words(monkeypatch, tmp_path, options):
+    fake(monkeypatch, tmp_path, "sys.exit('it hurts')")
+    result = architectures.run_child("llama", tmp_path, "results", options)
+    assert result["verdict"] == "error"
+    assert "exit code 1" in result["reason"] and "it hurts" in result["reason"]
+
+
+def test_a_stale_result_is_not_taken_for_a_new_one(monkeypatch, tmp_path, options):
+    fake(monkeypatch, tmp_path, "sys.exit(3)")
+    architectures.result_path(tmp_path, "results", "llama").write_text(json.dumps({"verdict": "pass"}))
+    assert architectures.run_child("llama", tmp_path, "results", options)["verdict"] == "error"
+
+
+def test_no_result_in_time_is_an_error(monkeypatch, tmp_path, options):
+    fake(monkeypatch, tmp_path, "import time; time.sleep(20)")
+    options.timeout = 0.5
+    result = architectures.run_child("llama", tmp_path, "results", options)
+    assert (result["verdict"], result["reason"]) == ("error", "no result after 0 s")
+
+
+def test_a_child_s_result_is_taken(monkeypatch, tmp_path, options):
+    fake(monkeypatch, tmp_path, "result.write_text(json.dumps({'name': 'llama', 'verdict': 'pass', 'errors': {}}))")
+    result = architectures.run_child("llama", tmp_path, "results", options)
+    assert result["verdict"] == "pass" and result["seconds"] >= 0
+
+
+def test_a_type_that_cannot_be_built_is_refused_by_name(tmp_path, options):
+    result = architectures.run_child("musicgen", tmp_path, "results", options)
+    assert result["verdict"] == "refused" and "sound" in result["reason"]
+
+
+@pytest.mark.parametrize(("verdict", "code"), [("pass", 0), ("refused", 0), ("wrong", 1), ("error", 1)])
+def test_exit_code(monkeypatch, tmp_path, verdict, code):
+    result = {"name": "llama", "verdict": verdict, "errors": {"ragged": 1e-6}, "reason": "", "seconds": 1.0}
+    monkeypatch.setattr(architectures, "run_child", lambda *_: result)
+    assert architectures.main(["llama", "--work", str(tmp_path), "--no-table"]) == code
+
+
+def test_unknown_name(capsys):
+    assert architectures.main(["lama"]) == 2
+    assert "unknown type lama" in capsys.readouterr().err
+
+
+def test_only_and_resume_choose_by_the_last_results(monkeypatch, tmp_path):
+    ran = []
+
+    def child(name, work, kind, options):
+        ran.append(name)
+        return {"name": name, "verdict": "pass", "errors": {}, "seconds": 0.0}
+
+    monkeypatch.setattr(architectures, "run_child", child)
+    (tmp_path / "results").mkdir()
+    for name, verdict in (("gpt2", "refused"), ("llama", "wrong"), ("opt", "pass")):
+        result = {"name": name, "verdict": verdict, "seconds": 0.0}
+        architectures.result_path(tmp_path, "results", name).write_text(json.dumps(result))
+    common = ["--work", str(tmp_path), "--no-table"]
+    architectures.main(["--only", "refused,wrong", *common])
+    assert sorted(ran) == ["gpt2", "llama"]
+    ran.clear()
+    architectures.main(["--resume", *common])
+    assert set(configs.names()) - set(ran) == {"gpt2", "llama", "opt"}
+
+
+def test_table():
+    text = architectures.markdown(
+        [
+            {
+                "name": "llama",
+                "verdict": "pass",
+                "errors": {"ragged": 1e-6, "decode": None},
+                "seconds": 3,
+            },
+            {"name": "rwkv", "verdict": "refused", "reason": "a | b", "seconds": 1.2},
+            {"name": "llama+yarn", "verdict": "wrong", "errors": {"ragged": 1.0}, "seconds": 1},
+        ],
+        "results",
+        "2026-01-01",
+    )
+    assert "Types: pass 1, refused 1, wrong 0, error 0." in text
+    assert "Variants: pass 0, refused 0, wrong 1, error 0." in text
+    assert "| llama | pass | 1.0e-06 | not finite |  | 3 |" in text
+    assert "| rwkv | refused |  |  | a \\| b | 1 |" in text
