@@ -60,7 +60,7 @@ def measure(
     engine = Llmc(str(artifact), target)
     loaded = time.perf_counter() - started
     info = engine.model.info
-    longest = info["model"]["max_context"]
+    longest = engine.model.max_context
     context, prompt = min(context, longest - decode - 2 * batch), min(prompt, longest - 1)
     probe = ReadProbe()
     engine.prefill(prompt)
@@ -70,9 +70,9 @@ def measure(
         prefills.append(engine.prefill(prompt))
         steps.append(engine.decode(context, batch, decode))
     first, step = statistics.median(prefills), statistics.median(steps)
-    weights = info["memory"]["weights_bytes"]
+    weights = info.memory["weights_bytes"]
     return Figures(
-        artifact=info["name"],
+        artifact=info.name,
         target=engine.model.target,
         cores=cores(),
         prompt=prompt,

@@ -49,7 +49,7 @@ class Llmc:
         import llmc
 
         self.model = llmc.load(path, target=target)
-        self.vocab_size = self.model.info["model"]["vocab_size"]
+        self.vocab_size = self.model.vocab_size
         self.prompts = Prompts(self.vocab_size)
 
     def prefill(self, tokens: int) -> float:

@@ -9,6 +9,7 @@ from collections import deque
 
 import numpy as np
 
+from .errors import RequestError
 from .executor import Executor, Table, aligned
 from .pages import Pages
 from .request import Job
@@ -41,11 +42,11 @@ class Engine:
         return self._scheduler.preemptions
 
     def submit(self, *jobs: Job) -> None:
-        """Let jobs join the batch. Raises ValueError if one can never fit the cache, RuntimeError if closed."""
+        """Let jobs join the batch. Raises RequestError if one can never fit the cache, RuntimeError if closed."""
         for job in jobs:
             lacking = self._scheduler.lacking(job.sequence.limit)
             if lacking:
-                raise ValueError(
+                raise RequestError(
                     f"the cache is too small for this request: prompt and max_tokens together, {job.sequence.limit} "
                     f"tokens, need {lacking[0]} tokens of cache, there are {lacking[1]}; "
                     "load with a larger cache_tokens, or lower max_tokens"

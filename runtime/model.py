@@ -52,7 +52,7 @@ def load(
     keep = None if cache_tokens is not None else max(KEEP_IDLE, int(manifest.model.get("max_context") or 0))
     keep_pages = None if keep is None else -(-keep // entry.state[0].page_size)
     engine = Engine(executor, keep_idle=keep_pages)
-    return Model(manifest, engine, tokenizer, ends)
+    return Model(manifest, engine, tokenizer, ends, entry.target)
 
 
 def _pages(groups: Sequence[artifact.StateGroup], cache_tokens: int | None) -> list[int]:
@@ -81,7 +81,8 @@ def _eos_token_ids(folder: Path, manifest: artifact.Manifest) -> tuple[int, ...]
 class Model:
     """A model that is ready to run; made by `load`. Close it, or use it as a context manager.
 
-    tokenizer: encode, decode, apply_chat_template; None if the artifact has none. info: the manifest.
+    tokenizer: encode, decode, apply_chat_template; None if the artifact has none. info: the manifest. target:
+    the one of the artifact's targets that runs.
     """
 
     def __init__(
@@ -90,8 +91,10 @@ class Model:
         engine: Engine,
         tokenizer: Tokenizer | None = None,
         eos_token_ids: tuple[int, ...] = (),
+        target: str = "",
     ):
         self.info = manifest
+        self.target = target
         self.tokenizer = tokenizer
         self.engine = engine
         self.eos_token_ids = eos_token_ids

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import ArtifactError
+from .errors import ArtifactError, RequestError
 
 _UNCERTAIN = "�"  # what a decoder writes for bytes that are no character (yet)
 _LONGEST = 3  # a character takes four bytes: three tokens at most are a part of one
@@ -62,10 +62,10 @@ class Tokenizer:
     def apply_chat_template(
         self, messages: Sequence[dict], add_generation_prompt: bool = True, **variables: Any
     ) -> str:
-        """The text of a chat, as the model was trained to read it. Raises ValueError: no template, or it refuses or
+        """The text of a chat, as the model was trained to read it. Raises RequestError: no template, or it refuses or
         fails on these messages, or takes too long."""
         if self.chat_template is None:
-            raise ValueError("this model has no chat template: give text or token ids instead of messages")
+            raise RequestError("this model has no chat template: give text or token ids instead of messages")
         if self._compiled is None:
             self._compiled = ChatTemplate(self.chat_template)
         names = [n for n in self._config if n.endswith("_token")]
@@ -89,7 +89,7 @@ class ChatTemplate:
     """A jinja template in a sandbox: it may not change what it is given, reach into Python, take long or grow large."""
 
     def __init__(self, source: str, seconds: float = 5.0, characters: int = 1 << 24):
-        """Raises ValueError when the template is not one. seconds, characters: the limits of a rendering."""
+        """Raises RequestError when the template is not one. seconds, characters: the limits of a rendering."""
         import jinja2
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -111,7 +111,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
-            raise ValueError(f"the model's chat template is not a jinja template: {error}") from error
+            raise RequestError(f"the model's chat template is not a jinja template: {error}") from error
 
     def render(self, **variables: Any) -> str:
         result: list = []
@@ -133,9 +133,9 @@ class ChatTemplate:
         thread.join(self._seconds)
         if thread.is_alive():
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(TimeoutError))
-            raise ValueError(f"the model's chat template took longer than {self._seconds} s; it was stopped")
+            raise RequestError(f"the model's chat template took longer than {self._seconds} s; it was stopped")
         if isinstance(result[0], BaseException):
-            raise ValueError(f"the model's chat template refuses these messages: {result[0]}") from result[0]
+            raise RequestError(f"the model's chat template refuses these messages: {result[0]}") from result[0]
         return result[0]
 
 
