@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import tvm
@@ -10,12 +11,11 @@ from tvm import relax
 
 from llmc.ir.rewrite import Rewriter, bindings, op_name
 
+from .weight_only import WeightOnly, substitute, variables
+
 __all__ = ["RECIPES", "LiftWeights"]
 
 RECIPES = "llmc.recipes"
-
-# Ops whose result is larger than what they read: cheaper to repeat in a kernel than to store.
-GROWS = {"broadcast_to", "repeat", "tile", "zeros", "ones", "full", "one_hot"}
 
 
 @dataclass(frozen=True)
@@ -72,39 +72,18 @@ class _Lift(Rewriter):
     def __init__(self, module, function, recipes):
         super().__init__(module, function)
         self.recipes = recipes
-        count = int(self.old.attrs["num_input"])
-        names = [str(n) for n in self.old.attrs["llmc.weights"]]
-        self.sources = dict(zip(list(self.old.params)[count:], names, strict=True))
-        self.values = {}  # weight-only variable -> the expression it is bound to
-        self.lifted = {}  # weight-only variable that something else uses -> the new parameter
-        self.names = []
-        for b in bindings(self.old):
-            if self._weight_only(b.value):
-                self.values[b.var] = b.value
+        self.known = WeightOnly(self.old)
+        self.lifted = {}  # weight-only variable that something else uses -> the parameter in its place
+        self.made = {}  # name of a recipe -> its parameter
         for var in self._boundary():
             self._lift(var)
-
-    def _weight_only(self, value) -> bool:
-        """The value is made of weights (and constants), by ops that are worth doing beforehand."""
-        if isinstance(value, relax.Call):
-            leaves = _leaves(value.args)
-            pure = op_name(value) is not None and op_name(value) not in GROWS and not op_name(value).startswith("call_")
-        elif isinstance(value, relax.TupleGetItem):
-            leaves, pure = [value.tuple_value], True
-        else:
-            leaves, pure = _leaves([value]), isinstance(value, (relax.Var, relax.Tuple))
-        variables = [x for x in leaves if isinstance(x, relax.Var)]
-        known = all(x in self.sources or x in self.values for x in variables)
-        return pure and bool(variables) and known
 
     def _boundary(self):
         """Weights, and variables made of weights, that the rest of the function uses, in order of first use."""
         used = {}
         for b in bindings(self.old):
-            if b.var not in self.values:
-                for x in _variables(b.value):
-                    if x in self.values or x in self.sources:
-                        used.setdefault(x)
+            if b.var not in self.known.values:
+                used |= dict.fromkeys(x for x in variables(b.value) if x in self.known)
         return used
 
     def _lift(self, var):
@@ -113,12 +92,12 @@ class _Lift(Rewriter):
         def visit(x):
             if x in copies:
                 return
-            if x in self.sources:
+            if x in self.known.sources:
                 copies[x] = relax.Var(f"w{len(sources)}", x.ty)
                 sources.append(x)
                 return
-            value = self.values[x]
-            for leaf in _variables(value):
+            value = self.known.values[x]
+            for leaf in variables(value):
                 visit(leaf)
             copies[x] = x
             chain.append((x, value))
@@ -129,62 +108,26 @@ class _Lift(Rewriter):
         with builder.function("recipe", [copies[s] for s in sources]):
             with builder.dataflow():
                 for x, value in chain:
-                    new[x] = builder.emit(_substitute(value, new))
+                    new[x] = builder.emit(substitute(value, new))
                 out = builder.emit_output(new[var])
             builder.emit_func_output(out)
         function = relax.transform.CanonicalizeBindings()(builder.get())["recipe"]
-        names = [self.sources[s] for s in sources]
+        names = [self.known.sources[s] for s in sources]
         function = function.without_attr("global_symbol").with_attr("llmc.sources", names)
         name = self.recipes.add(names, function)
-        if name in self.names:
-            self.lifted[var] = next(p for v, p in self.lifted.items() if self._name_of[v] == name)
-        else:
-            self.names.append(name)
-            self.lifted[var] = relax.Var(name.replace(".", "_").replace(":", "_").replace("+", "_"), var.ty)
-        self._name_of = getattr(self, "_name_of", {}) | {var: name}
+        if name not in self.made:
+            self.made[name] = relax.Var(re.sub(r"\W", "_", name), var.ty)
+        self.lifted[var] = self.made[name]
 
     def params(self, old):
-        unique = list(dict.fromkeys(self.lifted.values()))
         self.new.update(self.lifted)
-        return [p for p in old if p not in self.sources] + unique
+        return [p for p in old if p not in self.known.sources] + list(self.made.values())
 
     def attrs(self, old):
-        return old | {"llmc.weights": self.names}
+        return old | {"llmc.weights": list(self.made)}
 
     def binding(self, var, value):
         if var in self.lifted:
             self.new[var] = self.lifted[var]
-        elif var not in self.values:
+        elif var not in self.known.values:
             super().binding(var, value)
-
-
-def _leaves(args):
-    """Arguments with tuples opened."""
-    for a in args:
-        if isinstance(a, relax.Tuple):
-            yield from _leaves(a.fields)
-        else:
-            yield a
-
-
-def _variables(value):
-    if isinstance(value, relax.Call):
-        leaves = _leaves(value.args)
-    elif isinstance(value, relax.TupleGetItem):
-        leaves = [value.tuple_value]
-    else:
-        leaves = _leaves([value])
-    return [x for x in leaves if isinstance(x, relax.Var)]
-
-
-def _substitute(value, new):
-    def sub(x):
-        if isinstance(x, relax.Tuple):
-            return relax.Tuple([sub(f) for f in x.fields])
-        return new.get(x, x) if isinstance(x, relax.Var) else x
-
-    if isinstance(value, relax.Call):
-        return relax.Call(value.op, [sub(a) for a in value.args], value.attrs, value.ty_args)
-    if isinstance(value, relax.TupleGetItem):
-        return relax.TupleGetItem(sub(value.tuple_value), value.index)
-    return sub(value)

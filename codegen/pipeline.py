@@ -14,6 +14,7 @@ from llmc.ir.kernels_form import check_kernels
 from .bundle_arguments import AddCopyPages, BundleArguments
 from .legalize import Legalize
 from .lift_weights import RECIPES, LiftWeights
+from .lower_matmul import LowerMatmul
 
 __all__ = ["KERNELS", "Lowered", "lower", "lowered"]
 
@@ -30,6 +31,7 @@ class Stage:
 KERNELS = Stage(
     "kernels",
     (
+        LowerMatmul(),
         LiftWeights(),
         AddCopyPages(),
         BundleArguments(),

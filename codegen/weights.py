@@ -3,6 +3,8 @@
 A recipe is a Relax function over checkpoint weights. It is read here as a program over rows of axis 0: `rows(x, a, b)`
 asks its operands for the rows it needs and no more, so that memory does not grow with the model. Whole tensors are only
 asked for where an op needs them, and then a checkpoint tensor is a view of its file.
+
+bfloat16 is carried as its bits in uint16, which numpy moves fast, and becomes ml_dtypes' where an op computes.
 """
 
 from __future__ import annotations
@@ -99,14 +101,14 @@ class Recipe:
         count = max(1, size * self.shape[0] // max(self.nbytes, 1))
         for start in range(0, self.shape[0], count):
             rows = self.rows(self.function.body.body, start, min(start + count, self.shape[0]))
-            yield np.ascontiguousarray(rows, numpy_dtype(self.dtype))
+            yield np.ascontiguousarray(rows)
 
     def whole(self, x: relax.Expr) -> np.ndarray:
         """All of a value: of a checkpoint tensor and what only views it, a view of its file."""
         if isinstance(x, tvm.ir.GenericConst):
-            return x.value.numpy()
+            return _carried(x.value.numpy())
         if x in self.sources:
-            return self.sources[x].read()
+            return _carried(self.sources[x].read())
         value = self._value(x)
         if op_name(value) == "permute_dims":
             return self.whole(value.args[0]).transpose(_axes(value))
@@ -118,9 +120,9 @@ class Recipe:
     def rows(self, x: relax.Expr, start: int, stop: int) -> np.ndarray:
         """Rows start:stop of axis 0 of a value."""
         if isinstance(x, tvm.ir.GenericConst):
-            return x.value.numpy()[start:stop]
+            return _carried(x.value.numpy()[start:stop])
         if x in self.sources:
-            return self.sources[x].read(start, stop)
+            return _carried(self.sources[x].read(start, stop))
         value = self._value(x)
         rule = _RULES.get(op_name(value))
         found = rule(self, x, value, start, stop) if rule else None
@@ -145,7 +147,7 @@ class Recipe:
                 return relax.Tuple([open(f) for f in a.fields])
             if isinstance(a, relax.Var) and not isinstance(a.ty, relax.TupleType):
                 params.append(relax.Var(f"x{len(params)}", a.ty))
-                args.append(np.ascontiguousarray(self.whole(a)))
+                args.append(np.ascontiguousarray(_numbers(self.whole(a), _type(a)[1])))
                 return params[-1]
             return a
 
@@ -159,12 +161,22 @@ class Recipe:
             if isinstance(value, relax.TupleGetItem):
                 out = builder.emit(relax.TupleGetItem(out, value.index))
             builder.emit_func_output(out)
-        return evaluate(builder.get(), args)
+        return _carried(evaluate(builder.get(), args))
 
 
 def _type(x) -> tuple[tuple[int, ...], str]:
     ty = x.ret_ty if isinstance(x, relax.Function) else x.ty
     return tuple(int(d) for d in ty.shape), str(ty.dtype)
+
+
+def _carried(array: np.ndarray) -> np.ndarray:
+    """The array, or its bits where it holds bfloat16."""
+    return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+
+
+def _numbers(array: np.ndarray, dtype: str) -> np.ndarray:
+    """The array as numbers of its dtype."""
+    return array.view(numpy_dtype(dtype)) if dtype == "bfloat16" else array
 
 
 def _axes(value) -> list[int]:
@@ -176,7 +188,13 @@ def _axes(value) -> list[int]:
 def _permute(recipe, x, value, start, stop):
     axes = _axes(value)
     if axes[0] == 0:
-        return recipe.rows(value.args[0], start, stop).transpose(axes)
+        found = recipe.rows(value.args[0], start, stop)
+        together = found.dtype.itemsize * found.shape[-1]
+        if axes[-1] == len(axes) - 1 and found.shape[-1] > 1 and together in (4, 8) and found.flags.c_contiguous:
+            # What stays together moves as one number: a pair of bfloat16 takes a third of the time of two.
+            wide = found.view(f"uint{8 * together}")[..., 0].transpose(axes[:-1])
+            return np.ascontiguousarray(wide)[..., None].view(found.dtype)
+        return found.transpose(axes)
     return recipe.whole(value.args[0]).transpose(axes)[start:stop]
 
 
@@ -225,7 +243,8 @@ def _pad(recipe, x, value, start, stop):
 
 
 def _astype(recipe, x, value, start, stop):
-    return recipe.rows(value.args[0], start, stop).astype(numpy_dtype(_type(x)[1]))
+    numbers = _numbers(recipe.rows(value.args[0], start, stop), _type(value.args[0])[1])
+    return _carried(numbers.astype(numpy_dtype(_type(x)[1])))
 
 
 def _elementwise(function):
@@ -234,9 +253,10 @@ def _elementwise(function):
 
         def operand(a):
             own, _ = _type(a)
-            return recipe.rows(a, start, stop) if len(own) == len(shape) and own[0] == shape[0] else recipe.whole(a)
+            by_row = len(own) == len(shape) and own[0] == shape[0]
+            return _numbers(recipe.rows(a, start, stop) if by_row else recipe.whole(a), dtype)
 
-        return function(*map(operand, value.args)).astype(numpy_dtype(dtype), copy=False)
+        return _carried(function(*map(operand, value.args)).astype(numpy_dtype(dtype), copy=False))
 
     return rule
 

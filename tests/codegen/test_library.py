@@ -46,6 +46,15 @@ def test_library_equals_reference_without_the_compiler(llama, isolated):
     assert all((p[[5, 6]] == p[[1, 2]]).all() for p in copied)
 
 
+def test_bfloat16_weights_are_multiplied_exactly(compiled, isolated):
+    model = Llama(layers=1, checkpoint="bfloat16", tied=False)
+    built = compiled(model)
+    tokens, step, expected = reference(model)
+    calls = [("embed", tokens), ("step", None, *step)]
+    (_, logits), _ = isolated(machine.run, *built, [p.numpy() for p in model.pools()], calls)
+    assert np.abs(logits - expected).max() < 2e-5 * np.abs(expected).max()
+
+
 def test_chunks_and_batches_give_the_same_bits(llama, isolated):
     model, built = llama
     tokens = np.random.default_rng(3).integers(0, model.vocab, 10).astype("int32")

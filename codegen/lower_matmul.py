@@ -1,0 +1,162 @@
+"""Matrix products with a weight become kernels over packed panels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tvm
+from tvm import relax
+from tvm.relax import op as R
+
+from llmc.ir.rewrite import Rewriter, bindings, op_name
+
+from .cpu.matmul import matmul
+from .cpu.pack import Panels, panels
+from .weight_only import WeightOnly, substitute, variables
+
+__all__ = ["LowerMatmul", "pack"]
+
+FLOATS = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class LowerMatmul:
+    """matmul(x [..., depth], w [depth, columns]) with a weight-only w becomes a call of the kernel for its shape.
+
+        y = matmul(x, permute_dims(astype(w, "float32")))
+        ->
+        packed = permute_dims(reshape(pad(w)))          weight-only: LiftWeights makes a recipe of it
+        y = call_tir(matmul_2048x512, (x, packed))
+
+    Keeps: the values, but for the order of sums (float32, in rising k) and for one rounding where a cast of the product
+    to the activations' dtype follows. A weight is packed in the checkpoint's dtype: widening casts in between are dropped.
+    Leaves alone: products of activations, and weights with more than two axes.
+    """
+
+    name: str = "lower_matmul"
+
+    def run(self, module: tvm.IRModule, goal) -> tvm.IRModule:
+        for function in ("embed", "step"):
+            module = _Lower(module, function, goal.target).run()
+        return module
+
+
+class _Lower(Rewriter):
+    def __init__(self, module, function, target):
+        super().__init__(module, function)
+        self.target = target
+        self.known = WeightOnly(self.old)
+        self.users: dict[relax.Var, list] = {}
+        for b in bindings(self.old):
+            for x in variables(b.value):
+                self.users.setdefault(x, []).append(b)
+        self.folded: set[relax.Var] = set()  # casts that the kernel before them does
+
+    def rewrite(self, var, value):
+        if var in self.folded:
+            return self.get(value.args[0])
+        if not self._applies(value):
+            return self.again(value)
+        x, w = value.args
+        depth, columns = (int(d) for d in w.ty.shape)
+        rows = self._narrow(w)
+        if rows is None:
+            return self.again(value)
+        x = self.get(x)
+        weight = str(rows.ty.dtype)
+        activation = "bfloat16" if str(x.ty.dtype) == "bfloat16" else "float32"
+        out = self._out(var)
+        layout = panels(self.target, columns, depth, weight)
+        packed = pack(self.emit, rows, layout)
+        kernel = matmul(self.target, columns, depth, weight=weight, activation=activation, out=out)
+        name = f"matmul_{columns}x{depth}" + ("" if weight == "float32" else f"_{weight}")
+        kernel = self.builder.add_func(kernel.without_attr("global_symbol"), name)
+        if str(x.ty.dtype) != activation:
+            x = self.emit(R.astype(x, activation))
+        lead = list(x.ty.shape)[:-1]
+        count = lead[0]
+        for d in lead[1:]:
+            count = count * d
+        if len(lead) != 1:
+            x = self.emit(R.reshape(x, [count, depth]))
+        y = R.call_tir(kernel, [x, packed], relax.TensorType([count, columns], out))
+        if len(lead) != 1:
+            y = R.reshape(self.emit(y), [*lead, columns])
+        wanted = str(var.ty.dtype)
+        if out != wanted and not self._folds(var):
+            y = R.astype(self.emit(y), wanted)
+        return y
+
+    def _applies(self, value) -> bool:
+        if op_name(value) != "matmul":
+            return False
+        x, w = value.args
+        known = w in self.known and x not in self.known and len(w.ty.shape) == 2 and len(x.ty.shape) > 0
+        return known and all(str(a.ty.dtype) in FLOATS for a in (x, w))
+
+    def _folds(self, var) -> bool:
+        """The product's only user casts it to bfloat16: the kernel may do so."""
+        users = self.users.get(var, [])
+        if len(users) != 1 or var.same_as(self.old.body.body):
+            return False
+        return op_name(users[0].value) == "astype" and str(users[0].var.ty.dtype) in ("bfloat16", "float32")
+
+    def _out(self, var) -> str:
+        if self._folds(var):
+            user = self.users[var][0].var
+            self.folded.add(user)
+            return str(user.ty.dtype)
+        return "bfloat16" if str(var.ty.dtype) == "bfloat16" else "float32"
+
+    def _narrow(self, w):
+        """The weight as rows [columns, depth], in the dtype that the checkpoint has; None where that is no float."""
+        transposed = self.emit(R.permute_dims(self._without_casts(w), [1, 0]))
+        return transposed if str(transposed.ty.dtype) in FLOATS else None
+
+    def _without_casts(self, w):
+        """w over its sources without widening casts, where that gives one float dtype; w as it is where it does not."""
+        moves = {"permute_dims", "reshape", "concat", "expand_dims", "squeeze", "strided_slice", "split", "astype"}
+        made: dict = {}
+
+        def visit(x):
+            if x in self.known.sources:
+                return self.get(x)
+            if x in made:
+                return made[x]
+            value = self.known.values[x]
+            if isinstance(value, relax.Call) and op_name(value) not in moves:
+                return None
+            inner = {a: visit(a) for a in variables(value)}
+            if any(v is None for v in inner.values()):
+                return None
+            if op_name(value) == "astype":
+                made[x] = inner[value.args[0]]
+            elif len({str(v.ty.dtype) for v in inner.values() if isinstance(v.ty, relax.TensorType)}) > 1:
+                return None
+            else:
+                made[x] = self.emit(substitute(value, inner))
+            return made[x]
+
+        bare = visit(w)
+        if bare is None or _width(bare) >= _width(w) or str(bare.ty.dtype) not in FLOATS:
+            return self.get(w)
+        return bare
+
+
+def _width(x) -> int:
+    return tvm.DataType(str(x.ty.dtype)).bits
+
+
+def pack(emit, rows: relax.Expr, layout: Panels) -> relax.Expr:
+    """rows [..., columns, depth] in panels [..., panels, steps, vectors, lanes(, 2)], as plain Relax ops."""
+    lead = [int(d) for d in rows.ty.shape][:-2]
+    zeros = [0, 0] * len(lead)
+    down, along = layout.count * layout.width - layout.columns, layout.steps * layout.pair - layout.depth
+    if down or along:
+        rows = emit(R.nn.pad(rows, [*zeros, 0, down, 0, along], "constant", 0.0))
+    shape = [*lead, layout.count, layout.vectors, layout.lanes, layout.steps]
+    k = len(lead)
+    axes = [*range(k), k, k + 3, k + 1, k + 2]
+    if layout.pair == 2:
+        shape, axes = [*shape, 2], [*axes, k + 4]
+    return emit(R.permute_dims(emit(R.reshape(rows, shape)), axes))

@@ -1,0 +1,77 @@
+"""Products with weights become kernels; the packed weight is a recipe, and says the same as the packer in numpy."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tvm
+from tvm import relax
+from tvm.relax import op as R
+
+from llmc.codegen.cpu.pack import panels
+from llmc.codegen.lift_weights import RECIPES, LiftWeights
+from llmc.codegen.lower_matmul import LowerMatmul, pack
+from llmc.codegen.weights import Recipe
+from llmc.ir.rewrite import bindings, op_name
+from tests.codegen.conftest import Array
+from tests.codegen.ragged import Llama
+from tests.codegen.test_weights import recipe
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", [(64, 32), (33, 20), (7, 3)])
+def test_packed_by_recipe_as_by_numpy(goal, dtype, shape):
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+    w = np.random.default_rng(0).standard_normal(shape).astype(kind)
+    layout = panels(goal.target, *shape, dtype)
+    made = Recipe(recipe(lambda emit, a: pack(emit, a, layout), a=w), {"a": Array(w)})
+    expected = np.empty(layout.shape, kind)
+    layout.pack(w, expected)
+    assert made.shape == layout.shape
+    for size in (1, 1000, 1 << 20):
+        got = np.concatenate(list(made.slices(size)))
+        assert (got.view(kind) == expected).all()
+
+
+def ops(function):
+    return [op_name(b.value) for b in bindings(function)]
+
+
+def test_every_product_with_a_weight_is_lowered_and_packed_once(goal):
+    model = Llama(checkpoint="bfloat16")
+    module = LiftWeights().run(LowerMatmul().run(model.module, goal), goal)
+    assert "matmul" not in ops(module["step"])
+    recipes = {str(k): v for k, v in module.attrs[RECIPES].items()}
+    packed = [v for k, v in recipes.items() if "qkv" in k]
+    assert len(packed) == model.layers
+    # the checkpoint's dtype, without the cast that stood before the product
+    assert all(str(v.ret_ty.dtype) == "bfloat16" and "astype" not in ops(v) for v in packed)
+    assert str(recipes["norm.weight:astype"].ret_ty.dtype) == "float32"
+
+
+def test_equal_layers_share_kernels(goal):
+    def kernels(layers):
+        module = LowerMatmul().run(Llama(layers=layers).module, goal)
+        return sorted(v.name_hint for v in module.functions)
+
+    assert kernels(2) == kernels(3)
+
+
+def test_a_cast_of_the_product_is_the_kernels(goal):
+    module = LowerMatmul().run(Llama(dtype="bfloat16", checkpoint="bfloat16").module, goal)
+    step = module["step"]
+    products = [b for b in bindings(step) if op_name(b.value) == "call_tir" and "matmul" in b.value.args[0].name_hint]
+    *layers, logits = [str(b.var.ty.dtype) for b in products]
+    assert set(layers) == {"bfloat16"}
+    assert logits == "bfloat16"
+    assert all(isinstance(b.value.ty, relax.TensorType) for b in products)
+
+
+def test_products_of_activations_are_left_alone(goal):
+    model = Llama()
+    module = tvm.IRModule({v: f for v, f in model.module.functions.items() if v.name_hint != "embed"})
+    builder = relax.BlockBuilder(module)
+    x = relax.Var("x", relax.TensorType([4, 4], "float32"))
+    with builder.function("embed", [x], attrs={"num_input": 1, "llmc.weights": []}):
+        builder.emit_func_output(builder.emit(R.matmul(x, x)))
+    module = builder.get()
+    assert "matmul" in ops(LowerMatmul().run(module, goal)["embed"])
