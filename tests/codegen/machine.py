@@ -16,7 +16,7 @@ class Machine:
 
         from llmc.runtime.artifact import Weights
 
-        self.ffi = tvm_ffi
+        self.ffi, self.kept = tvm_ffi, []
         lib = Path(importlib.util.find_spec("tvm").submodule_search_locations[0]) / "lib"
         for name in ("libtvm_runtime.so", "libtvm_runtime_extra.so"):
             ctypes.CDLL(str(lib / name), ctypes.RTLD_GLOBAL)
@@ -28,17 +28,17 @@ class Machine:
         self.pages = [self.tensor(p) for p in pages]
 
     def tensor(self, array, dtype=None):
-        """A copy that is aligned as the runtime's are."""
-        dtype = dtype or str(array.dtype)
-        if dtype == "bfloat16":
-            import ml_dtypes
+        """A copy that is aligned as the runtime's memory is."""
+        from llmc.runtime.dlpack import View
 
-            array = np.asarray(array).view(ml_dtypes.bfloat16)
+        dtype = dtype or str(array.dtype)
         space = np.empty(array.nbytes + 64, np.uint8)
         start = -space.ctypes.data % 64
         copy = space[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
         copy[...] = array
-        return self.ffi.from_dlpack(copy)
+        view = View(copy.ctypes.data, copy.shape, dtype)
+        self.kept += [copy, view]
+        return self.ffi.from_dlpack(view)
 
     def embed(self, tokens):
         return np.from_dlpack(self.vm["embed"](self.tensor(tokens), self.weights["embed"]))
