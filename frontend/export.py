@@ -219,15 +219,26 @@ def _long_frequencies(module, layer_type, original):
     return ROPE_INIT_FUNCTIONS["longrope"](module.config, torch.device("cpu"), seq_len=original + 1, **extra)[0]
 
 
+def first_position(model: nn.Module) -> int:
+    """The position id of a sequence's first token: that after the padding's, where a model numbers its tokens so."""
+    for module in model.modules():
+        if hasattr(module, "create_position_ids_from_input_ids"):
+            return module.padding_idx + 1
+    return 0
+
+
 class Textbook(nn.Module):
-    """One sequence, no cache: input_ids [1, n], position_ids [1, n] -> logits [1, n, vocab]."""
+    """One sequence, no cache: input_ids [1, n], position_ids [1, n] (from 0) -> logits [1, n, vocab]."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+        self.first_position = first_position(model)
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     def forward(self, input_ids, position_ids):
+        if self.first_position:
+            position_ids = position_ids + self.first_position
         positions = {"position_ids": position_ids} if self.takes_positions else {}
         return self.model(input_ids=input_ids, **positions, use_cache=False).logits
 

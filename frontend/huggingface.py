@@ -23,6 +23,8 @@ from llmc.ir.errors import SourceError
 from torch import nn
 
 COMPUTE = ("float32", "bfloat16", "float16")
+LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length",
+          "max_target_positions")  # fmt: skip
 NO_LIMIT = 2048  # tokens of context for a model that names no limit of its own
 TRAVEL = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
           "chat_template.jinja", "chat_template.json", "added_tokens.json")  # fmt: skip
@@ -58,9 +60,9 @@ def load(source: str | os.PathLike, *, dtype: str | None = None, max_context: in
     folder, file = locate(source)
     config = read_config(folder)
     text = config.get_text_config(decoder=True)
-    max_context, notes = context_of(text, max_context)
     model_class = class_of(config)
     model = _explained(config, "be built", lambda: exporting.build(model_class, config, getattr(torch, dtype)))
+    max_context, notes = context_of(text, max_context, exporting.first_position(model))
     weights, unused = checkpoints.convert(model, checkpoints.open_checkpoint(folder, file))
     names = name_parameters(model, weights)
     if text is not config:
@@ -196,13 +198,13 @@ def class_of(config) -> type:
     raise SourceError(f"{config.model_type}: expected a decoder that transformers knows as a causal language model")
 
 
-def context_of(text, wanted: int | None) -> tuple[int, list[str]]:
-    """The longest sequence to be served, and notes on it."""
+def context_of(text, wanted: int | None, first: int = 0) -> tuple[int, list[str]]:
+    """The longest sequence to be served, and notes on it; its positions begin at `first`."""
     own = next(
         (
-            value
-            for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
-            if isinstance(value := getattr(text, name, None), int) and value > 0
+            value - first
+            for name in LIMITS
+            if isinstance(value := getattr(text, name, None), int) and value > first
         ),
         None,
     )

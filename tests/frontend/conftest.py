@@ -61,6 +61,7 @@ CONFIGS = {
         "eos_token_id": 2,
     },
     "olmo": BASE,
+    "roberta": BASE | {"is_decoder": True, "pad_token_id": 1, "bos_token_id": 0},
     "phi3": BASE
     | {
         "original_max_position_embeddings": 64,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from llmc.frontend.huggingface import load
 
-KINDS = ["llama", "gemma2", "gpt_oss", "deepseek_v3", "llama4_text", "mixtral", "phi3", "gpt2", "olmo"]
+KINDS = ["llama", "gemma2", "gpt_oss", "deepseek_v3", "llama4_text", "mixtral", "phi3", "gpt2", "olmo", "roberta"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -18,3 +18,9 @@ def test_the_imported_model_computes_what_transformers_does(
     want = transformers_logits(model, tokens)
     error = np.abs(imported_logits(imported, tokens) - want).max()
     assert error < 1e-5 * np.ptp(want)  # float32 both, sums in another order
+
+
+def test_positions_that_begin_after_the_padding_shorten_the_context(tmp_path, make_model):
+    """RoBERTa's first position is padding_idx + 1: of 512 rows of its table, 510 are for tokens."""
+    make_model("roberta").save_pretrained(tmp_path)
+    assert load(tmp_path).facts["max_context"] == 510
