@@ -40,7 +40,7 @@ def load(
     manifest = artifact.read(folder)
     entry = artifact.choose_target(manifest, target)
     if device != 0:
-        raise ArtifactError(f"device: the target {entry.target} has device 0 only, found {device!r}")
+        raise RequestError(f"device: the target {entry.target} has device 0 only, found {device!r}")
     if cache_tokens is not None and (
         isinstance(cache_tokens, bool) or not isinstance(cache_tokens, int) or cache_tokens < 1
     ):
@@ -75,7 +75,7 @@ def _eos_token_ids(folder: Path, manifest: artifact.Manifest) -> tuple[int, ...]
             ) from error
     if found is None:
         found = manifest.model.get("eos_token_ids")
-    return tuple(found) if isinstance(found, list) else () if found is None else (int(found),)
+    return () if found is None else tuple(found) if isinstance(found, list | tuple) else (int(found),)
 
 
 class Model:

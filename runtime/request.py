@@ -7,7 +7,7 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from .sampler import Sampler, Sampling, TokenLogprob, best, log_softmax
+from .sampler import Sampler, Sampling, TokenLogprob, best, log_sum_exp
 from .scheduler import Sequence
 from .text import Detokenizer
 
@@ -190,8 +190,8 @@ class Scores(Logits):
 
     def _keep(self, logits: np.ndarray, start: int) -> None:
         tokens = self.sequence.buffer[start + 1 : start + 1 + len(logits)]
-        rows = np.arange(len(tokens))
-        self._parts.append(log_softmax(logits[: len(tokens)])[rows, tokens])
+        logits = logits[: len(tokens)]
+        self._parts.append(logits[np.arange(len(tokens)), tokens] - log_sum_exp(logits))
 
     def result(self) -> np.ndarray:
         """[n - 1] float64."""

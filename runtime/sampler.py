@@ -135,7 +135,7 @@ class Sampler:
         """logits [vocab] f32, left as they are -> the token at `position` of the sequence, and its log-probability if
         asked for.
 
-        Raises ValueError when the logits are no numbers.
+        Raises FloatingPointError when the logits are no numbers.
         """
         sampling, raw = self.sampling, logits
         if self._taken < sampling.min_tokens and len(self._hidden):
@@ -170,7 +170,9 @@ def best(logits: np.ndarray) -> int:
     """The lowest id of the highest logit."""
     token = int(logits.argmax())
     if not logits[token] > -np.inf:  # argmax finds a nan before anything else
-        raise ValueError(f"the model's logits are no numbers (token {token} has {logits[token]}): it overflowed")
+        raise FloatingPointError(
+            f"the model's logits are no numbers (token {token} has {logits[token]}): it overflowed"
+        )
     return token
 
 
@@ -183,10 +185,9 @@ def distribution(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np
     top = logits[best(logits)]
     ids = None
     if 0 < sampling.top_k < len(logits):
-        least = np.partition(logits, len(logits) - sampling.top_k)[len(logits) - sampling.top_k]
-        ids = np.flatnonzero(logits >= least)
+        ids = highest(logits, sampling.top_k)
         logits = logits[ids]
-    weights = np.exp((logits - top) / np.float32(max(sampling.temperature, 1e-6)), dtype=np.float32)
+    weights = np.exp((logits - top) / np.float32(max(sampling.temperature, 1e-6)))
     keep = None
     if sampling.top_p < 1:
         keep = _nucleus(weights, sampling.top_p)
@@ -198,38 +199,68 @@ def distribution(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np
     return np.arange(len(weights)) if ids is None else ids, weights
 
 
+def highest(values: np.ndarray, k: int) -> np.ndarray:
+    """The indices, rising, of the k highest values and of those equal to the k-th; 0 < k <= n."""
+    few, n = None, len(values) // _STRANDS
+    if n > 4 * k:
+        # The k-th highest of the strands' maxima is at most the k-th highest of all.
+        strands = values[: n * _STRANDS].reshape(_STRANDS, n).max(axis=0)
+        few = np.flatnonzero(values >= np.partition(strands, n - k)[n - k])
+        values = values[few]
+    chosen = np.flatnonzero(values >= np.partition(values, len(values) - k)[len(values) - k])
+    return chosen if few is None else few[chosen]
+
+
+_STRANDS = 64  # a long row is first looked at as columns of so many values: many times quicker than sorting it
+
+
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
     total = weights.sum(dtype=np.float64)
     # Tokens below this weight have less than 1 - top_p together, so none of them is needed: sort the rest only.
     few = np.flatnonzero(weights >= total * (1 - top_p) / len(weights))
     order = few[np.argsort(-weights[few], kind="stable")]
-    reached = np.searchsorted(np.cumsum(weights[order], dtype=np.float64), top_p * total)
+    reached = np.searchsorted(np.cumsum(weights[order].astype(np.float64)), top_p * total)
     return np.sort(order[: int(reached) + 1])
 
 
 def draw(candidates: tuple[np.ndarray, np.ndarray], u: float) -> int:
-    """The id at the share u in [0, 1) of the summed weights."""
+    """The id at the share u in [0, 1) of the summed weights, which are summed in strands when there are many."""
     ids, weights = candidates
-    sums = np.cumsum(weights, dtype=np.float64)
-    return int(ids[min(int(np.searchsorted(sums, u * sums[-1], side="right")), len(ids) - 1)])
+    n = len(weights) // _STRANDS
+    if n < _STRANDS:
+        return int(ids[_share(weights, u)[0]])
+    strands = weights[: n * _STRANDS].reshape(_STRANDS, n)
+    tail = weights[n * _STRANDS :]
+    strand, u = _share(np.append(strands.sum(axis=0), tail.sum()), u)
+    if strand == n:
+        return int(ids[n * _STRANDS + _share(tail, u)[0]])
+    return int(ids[_share(strands[:, strand], u)[0] * n + strand])
+
+
+def _share(weights: np.ndarray, u: float) -> tuple[int, float]:
+    """-> the index at the share u of the summed weights, and the share of its own weight at which it was met."""
+    sums = np.cumsum(weights.astype(np.float64))
+    at = u * sums[-1]
+    i = min(int(np.searchsorted(sums, at, side="right")), int(np.flatnonzero(weights)[-1]))
+    before = float(sums[i - 1]) if i else 0.0
+    return i, min(max((at - before) / float(weights[i]), 0.0), 1.0)
 
 
 def logprob(logits: np.ndarray, token: int, k: int) -> TokenLogprob:
     """Log-probability of a token and of the k best, of equal ones the lowest ids."""
-    values = log_softmax(logits)
+    total = log_sum_exp(logits)
     top: dict[int, float] = {}
     if k:
-        k = min(k, len(logits))
-        candidates = np.flatnonzero(logits >= np.partition(logits, len(logits) - k)[len(logits) - k])
+        candidates = highest(logits, min(k, len(logits)))
         order = candidates[np.argsort(-logits[candidates], kind="stable")][:k]
-        top = {int(i): float(values[i]) for i in order}
-    return TokenLogprob(token, float(values[token]), top)
+        top = {int(i): float(logits[i] - total) for i in order}
+    return TokenLogprob(token, float(logits[token] - total), top)
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """[…, vocab] -> the same in float64."""
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+def log_sum_exp(logits: np.ndarray) -> np.ndarray:
+    """[…, vocab] f32 -> […] float64: log-probabilities are the logits less this."""
+    top = logits.max(axis=-1, keepdims=True)
+    return np.log(np.exp(logits - top).sum(axis=-1, dtype=np.float64)) + top[..., 0]
 
 
 _MASK = (1 << 64) - 1

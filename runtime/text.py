@@ -33,6 +33,8 @@ class Tokenizer:
         template = self._config.get("chat_template")
         if "chat_template.jinja" in files:
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        elif template is None and "chat_template.json" in files:
+            template = _json(folder / "chat_template.json").get("chat_template")
         if isinstance(template, list):  # several, by name
             named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
             template = named.get("default", next(iter(named.values()), None))
@@ -123,7 +125,7 @@ class ChatTemplate:
                     pieces.append(piece)
                     length += len(piece)
                     if length > self._characters:
-                        raise ValueError(f"more than {self._characters} characters")
+                        raise ValueError(f"it wrote more than {self._characters} characters")
                 result.append("".join(pieces))
             except BaseException as error:
                 result.append(error)
