@@ -13,8 +13,9 @@ import tvm
 from tvm import relax, tirx
 
 from llmc.ir.errors import FormError
+from llmc.ir.text import shape_text
 
-__all__ = ["check_imported", "check_textbook", "check_well_formed", "shape_text", "weight_names", "weights_of"]
+__all__ = ["check_imported", "check_textbook", "check_well_formed", "type_text", "weight_names", "weights_of"]
 
 FLOATS = ("float32", "float16", "bfloat16")
 
@@ -33,7 +34,7 @@ def check_well_formed(module: tvm.IRModule) -> None:
     """TVM's own rules: every variable defined once and before its use, types that agree."""
     try:
         relax.analysis.well_formed(module)
-    except (ValueError, RuntimeError, TypeError, tvm.error.TVMError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise FormError(f"expected a well-formed module, found: {reason}") from error
 
@@ -49,12 +50,11 @@ def weights_of(function: relax.Function) -> dict[str, relax.Var]:
     return dict(zip(weight_names(function), list(function.params)[inputs:], strict=True))
 
 
-def shape_text(ty) -> str:
+def type_text(ty) -> str:
     """A type as messages show it: "float32 [n, 64]"."""
     if not isinstance(ty, relax.TensorType):
         return str(ty)
-    shape = ", ".join(map(str, ty.shape.values)) if isinstance(ty.shape, relax.ShapeExpr) else "?"
-    return f"{ty.dtype} [{shape}]"
+    return f"{ty.dtype} {shape_text(ty.shape.values) if isinstance(ty.shape, relax.ShapeExpr) else 'of unknown shape'}"
 
 
 def _check_main(module: tvm.IRModule, form: str, batch: bool) -> None:
@@ -65,9 +65,7 @@ def _check_main(module: tvm.IRModule, form: str, batch: bool) -> None:
     leading = [1] if batch else []
     for name, ty in (("tokens", tokens), ("positions", positions)):
         expect_tensor(ty, "int32", [*leading, n], form, f"parameter {name} of main")
-    result = function.ret_ty
-    vocab = result.shape.values[-1] if isinstance(getattr(result, "shape", None), relax.ShapeExpr) else None
-    expect_tensor(result, FLOATS, [*leading, n, vocab], form, "the result of main")
+    expect_tensor(function.ret_ty, FLOATS, [*leading, n, "vocab"], form, "the result of main")
 
 
 def check_function(module: tvm.IRModule, form: str, name: str) -> relax.Function:
@@ -88,7 +86,8 @@ def check_inputs(function: relax.Function, form: str, name: str, inputs: int) ->
     if found != inputs:
         raise FormError(f"{form} form: expected the attribute num_input of {name} to be {inputs}, found {found}")
     if "llmc.weights" not in function.attrs:
-        raise FormError(f"{form} form: expected the attribute llmc.weights on {name}, found {sorted(function.attrs)}")
+        others = ", ".join(sorted(dict(function.attrs)))
+        raise FormError(f"{form} form: expected the attribute llmc.weights on {name}, found {others}")
     names, weights = weight_names(function), len(function.params) - inputs
     if len(names) != weights:
         raise FormError(f"{form} form: expected a name for each of {weights} weights of {name}, found {len(names)}")
@@ -104,18 +103,20 @@ def length_of(ty, axis: int) -> tirx.Var | None:
 
 
 def expect_tensor(ty, dtype: str | tuple[str, ...], shape: list, form: str, where: str) -> None:
-    """Raises FormError unless `ty` is a tensor of one of these dtypes and this shape; a None in it fits nothing."""
+    """Raises FormError unless `ty` is a tensor of (one of) these dtypes and of this shape.
+
+    An entry of shape is a number, a symbolic variable, a name for any fixed size, or None, which nothing fits.
+    """
     dtypes = (dtype,) if isinstance(dtype, str) else dtype
-    if isinstance(ty, relax.TensorType) and isinstance(ty.shape, relax.ShapeExpr):
+    if isinstance(ty, relax.TensorType) and isinstance(ty.shape, relax.ShapeExpr) and str(ty.dtype) in dtypes:
         found = list(ty.shape.values)
-        fits = len(found) == len(shape) and all(map(_same, shape, found))
-        if fits and str(ty.dtype) in dtypes:
+        if len(found) == len(shape) and all(map(_fits, shape, found)):
             return
-    wanted = ", ".join("n" if d is None else str(d) for d in shape)
-    raise FormError(f"{form} form: expected {' or '.join(dtypes)} [{wanted}] as {where}, found {shape_text(ty)}")
+    wanted = shape_text(["n" if d is None else d for d in shape])
+    raise FormError(f"{form} form: expected {' or '.join(dtypes)} {wanted} as {where}, found {type_text(ty)}")
 
 
-def _same(expected: int | tirx.PrimExpr | None, found: tirx.PrimExpr) -> bool:
-    if isinstance(expected, int):
-        return isinstance(found, tirx.IntImm) and int(found) == expected
+def _fits(expected: int | str | tirx.PrimExpr | None, found: tirx.PrimExpr) -> bool:
+    if isinstance(expected, (int, str)):
+        return isinstance(found, tirx.IntImm) and (isinstance(expected, str) or int(found) == expected)
     return expected is not None and found.same_as(expected)

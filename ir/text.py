@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
+from collections.abc import Iterable
 
 import tvm
 from tvm import relax
 
-__all__ = ["diff", "text"]
+__all__ = ["diff", "shape_text", "text"]
 
 
 def text(module: tvm.IRModule) -> str:
@@ -21,6 +23,11 @@ def text(module: tvm.IRModule) -> str:
     script = shown.script(show_meta=False)
     lines = [line.rstrip() for line in script.splitlines() if not line.startswith("# ")]
     return "\n".join(lines).strip() + "\n"
+
+
+def shape_text(dimensions: Iterable) -> str:
+    """A shape as messages show it: "[1, n * 2, 64]"."""
+    return "[" + ", ".join(re.sub(r"T\.int64\((-?\d+)\)", r"\1", str(d)) for d in dimensions) + "]"
 
 
 def diff(before: tvm.IRModule | str, after: tvm.IRModule | str, name: str = "module") -> str:

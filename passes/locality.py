@@ -25,6 +25,7 @@ from tvm import relax, tirx
 from llmc.ir.errors import FormError
 from llmc.ir.ops import op_of
 from llmc.ir.rewrite import bindings, op_name
+from llmc.ir.text import shape_text
 from llmc.passes.locality_rules import (
     CREATES,
     RULES,
@@ -210,7 +211,7 @@ class Analysis:
         for axis, dimension in enumerate(shape_of(ty)):
             expected = (state.rows, state.outer * state.inner) if state and axis == state.axis else (None, 0)
             if self.count(dimension) != expected:
-                raise Mixing(f"its result of shape {tuple(shape_of(ty))} does not keep the tokens on one axis")
+                raise Mixing(f"its result of shape {shape_text(shape_of(ty))} does not keep the tokens on one axis")
 
     # Errors.
 

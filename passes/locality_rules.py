@@ -14,6 +14,8 @@ from math import prod
 
 from tvm import relax, tirx
 
+from llmc.ir.text import shape_text
+
 __all__ = ["CREATES", "RULES", "SIZED", "UNIFORM", "Mixing", "Opaque", "Site", "State", "Token", "semantic_rule"]
 
 UNIFORM = None
@@ -149,7 +151,7 @@ def reduction(site: Site) -> State:
     x, rank = site.states[0], site.rank(0)
     axes = site.axes(rank)
     if x.axis in axes:
-        raise Mixing(f"it reduces over the token axis (axis {x.axis} of {tuple(site.shape(0))})")
+        raise Mixing(f"it reduces over the token axis (axis {x.axis} of {shape_text(site.shape(0))})")
     return x if len(site.out) == rank else x.at(x.axis - sum(a < x.axis for a in axes))
 
 
@@ -157,7 +159,7 @@ def reduction(site: Site) -> State:
 def along(site: Site) -> State:
     x = site.states[0]
     if x.axis in site.axes(site.rank(0)):
-        raise Mixing(f"it works along the token axis (axis {x.axis} of {tuple(site.shape(0))})")
+        raise Mixing(f"it works along the token axis (axis {x.axis} of {shape_text(site.shape(0))})")
     return site.each(x)
 
 
@@ -233,10 +235,10 @@ def regroup(site: Site) -> State:
         if rows is not None:
             inner, cut = divmod(run, after)
             if rows != x.rows or cut or count % inner:
-                raise Mixing(f"its reshape {tuple(old)} -> {tuple(new)} cuts through the token axis")
+                raise Mixing(f"its reshape {shape_text(old)} -> {shape_text(new)} cuts through the token axis")
             return Token(axis, count // inner, inner, rows)
         after *= max(static(new[axis]), 1)
-    raise Mixing(f"its reshape {tuple(old)} -> {tuple(new)} loses the token axis")
+    raise Mixing(f"its reshape {shape_text(old)} -> {shape_text(new)} loses the token axis")
 
 
 def static(dimension: tirx.PrimExpr) -> int:
@@ -291,7 +293,7 @@ def strided_slice(site: Site) -> State:
             if any(site.analysis.mentions_rows(b) for b in (begin, end, stride) if not isinstance(b, int)):
                 raise Mixing("its bounds depend on the number of tokens")
         elif not (number(begin) == 0 and number(stride) == 1 and same_rows(site, x.axis)):
-            raise Mixing(f"it slices the token axis (axis {x.axis} of {tuple(site.shape(0))})")
+            raise Mixing(f"it slices the token axis (axis {x.axis} of {shape_text(site.shape(0))})")
     return x
 
 

@@ -40,5 +40,5 @@ class Stage:
 
 PIPELINE: tuple[Stage, ...] = (
     Stage("textbook", (RaisePositions(), DropBatchAxis(), ProveTokenLocality()), forms.check_textbook),
-    Stage("ragged", (PageAttention(), SplitEmbedding(), GatherLogits()), forms.check_well_formed),
+    Stage("ragged", (PageAttention(), SplitEmbedding(), GatherLogits(), ProveTokenLocality()), forms.check_well_formed),
 )

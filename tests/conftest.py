@@ -1,7 +1,9 @@
 """What every test may use."""
 
+import difflib
 import multiprocessing
 import os
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,27 @@ for variable in ("TVM_NUM_THREADS", "OMP_NUM_THREADS"):
 
 def pytest_addoption(parser):
     parser.addoption("--bless", action="store_true", help="renew the golden files")
+
+
+@pytest.fixture
+def golden(request):
+    """golden(name, text): the text is what golden/<name> beside the test file says; --bless writes it there."""
+
+    def check(name, text):
+        file = Path(request.path).parent / "golden" / name
+        command = f"pytest {os.path.relpath(request.path, request.config.rootpath)} --bless"
+        if request.config.getoption("bless"):
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text)
+        elif not file.exists():
+            pytest.fail(f"there is no {file.name}; write it with: {command}", pytrace=False)
+        elif file.read_text() != text:
+            lines = difflib.unified_diff(
+                file.read_text().splitlines(), text.splitlines(), "golden", "found", lineterm=""
+            )
+            pytest.fail("\n".join([*lines, "", f"If that is meant, renew it with: {command}"]), pytrace=False)
+
+    return check
 
 
 def _call(queue, function, args):
