@@ -19,8 +19,8 @@ import argparse
 import concurrent.futures
 import datetime
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -46,17 +46,12 @@ def parser():
         "--work", type=Path, help="folder of models and results (default: llmc-architectures, temporary)"
     )
     parse.add_argument("--no-table", action="store_true", help="write nothing to bench/results")
-    parse.add_argument("--child", metavar="NAME", help=argparse.SUPPRESS)
     return parse
 
 
 def main(argv=None):
     options = parser().parse_args(argv)
     work = options.work or Path(tempfile.gettempdir()) / "llmc-architectures"
-    if options.child:
-        from . import comparison
-
-        return comparison.child(options.child, work, mutate=options.mutate)
     known = configs.names()
     if unknown := [name for name in options.names if name not in known]:
         print(
@@ -87,6 +82,8 @@ def result_path(work, kind, name):
 
 def sweep(names, work, kind, options):
     """Run every name in a child process; {name: result}."""
+    for variable in ("OMP_NUM_THREADS", "TVM_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[variable] = "1"  # read by the server of child processes
     results = {}
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         pending = {pool.submit(run_child, name, work, kind, options): name for name in names}
@@ -99,27 +96,49 @@ def sweep(names, work, kind, options):
 def run_child(name, work, kind, options):
     """The result of one type, whatever its process comes to."""
     if name in configs.UNBUILT:
-        return dict(name=name, verdict="refused", reason=f"not built: {configs.UNBUILT[name]}", seconds=0.0)
+        return {"name": name, "verdict": "refused", "reason": f"not built: {configs.UNBUILT[name]}", "seconds": 0.0}
     path = result_path(work, kind, name)
     path.unlink(missing_ok=True)
-    command = [sys.executable, "-m", __spec__.name, "--child", name, "--work", str(work)]
-    command += ["--mutate"] if options.mutate else []
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "TVM_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    log = work / "log.txt" if options.jobs == 1 else work / f"log-{name}.txt"
     start = time.monotonic()
-    try:
-        done = subprocess.run(
-            command, env=os.environ | threads, capture_output=True, text=True, timeout=options.timeout, check=False
-        )
-        reason = f"ended with exit code {done.returncode}: {done.stderr.strip()[-600:]}"
-    except subprocess.TimeoutExpired:
-        reason = f"no result after {options.timeout:.0f} s"
-    if not path.exists():
-        result = dict(name=name, verdict="error", reason=reason)
-    else:
+    code = run_process(child, (name, work, options.mutate, log), options.timeout)
+    if path.exists():
         result = json.loads(path.read_text())
+    elif code is None:
+        result = {"name": name, "verdict": "error", "reason": f"no result after {options.timeout:.0f} s"}
+    else:
+        words = log.read_text(errors="replace").strip()[-600:] if log.exists() else ""
+        result = {"name": name, "verdict": "error", "reason": f"ended with exit code {code}: {words}"}
     result["seconds"] = round(time.monotonic() - start, 1)
     path.write_text(json.dumps(result))
     return result
+
+
+def run_process(target, args, timeout):
+    """The exit code of target(*args) in a process of its own; None if it had to be ended after `timeout` seconds.
+
+    Processes are forked from a server that has imported what they need, once.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["llmc.bench.comparison", "llmc.bench.mutations", "llmc.compiler"])
+    process = context.Process(target=target, args=args)
+    process.start()
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return None
+    return process.exitcode
+
+
+def child(name, work, mutate, log):
+    """The body of a child process: judge one type, its output and errors in `log`."""
+    with log.open("w") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    from . import comparison
+
+    comparison.child(name, work, mutate)
 
 
 def line(result):

@@ -2,7 +2,6 @@
 
 import json
 import time
-import traceback
 from pathlib import Path
 
 import numpy as np
@@ -171,17 +170,11 @@ def judge(name, work):
 
 
 def child(name, work, mutate=False):
-    """The body of a child process: write the result of one type; -> exit code."""
+    """Write the result of one type into the folder of work. Whatever is raised here is an error of that type."""
     if mutate:
-        from . import mutations as kind
+        from . import mutations
 
-        result = kind.judge(name, work)
+        result, kind = mutations.judge(name, work), "mutations"
     else:
-        try:
-            result = judge(name, work)
-        except Exception as fault:
-            traceback.print_exc()
-            result = {"verdict": "error", "reason": f"{type(fault).__name__}: {fault}"}
-    path = work / ("mutations" if mutate else "results") / f"{name}.json"
-    path.write_text(json.dumps({"name": name, **result}))
-    return 0
+        result, kind = judge(name, work), "results"
+    (work / kind / f"{name}.json").write_text(json.dumps({"name": name, **result}))

@@ -23,7 +23,7 @@ SMALL = dict(
     num_hidden_layers=LAYERS, n_layer=LAYERS, n_layers=LAYERS, num_layers=LAYERS, decoder_layers=LAYERS,
     num_decoder_layers=LAYERS, encoder_layers=1, num_encoder_layers=1,
     max_position_embeddings=512, n_positions=512, max_seq_len=512, model_max_length=512, context_length=512,
-    max_target_positions=512, original_max_position_embeddings=512,
+    max_target_positions=512, original_max_position_embeddings=128,
     # heads
     num_attention_heads=6, n_head=6, n_heads=6, num_heads=6, decoder_attention_heads=6, encoder_attention_heads=6,
     attention_heads=6, num_decoder_attention_heads=6, num_encoder_attention_heads=6,

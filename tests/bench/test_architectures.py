@@ -1,6 +1,9 @@
 """The sweep itself: its verdicts whatever a child process does, its table, and a cover of the types."""
 
 import json
+import os
+import signal
+import time
 from argparse import Namespace
 
 import pytest
@@ -13,39 +16,51 @@ def options():
     return Namespace(jobs=1, timeout=60, mutate=False)
 
 
-def fake(monkeypatch, tmp_path, code):
-    """A child process that runs `code` with the path of its result in `result`."""
-    prelude = "import sys, pathlib, json\nresult = pathlib.Path(sys.argv[sys.argv.index('--work') + 1])"
-    script = tmp_path / "child.sh"
-    script.write_text(f'#!/bin/sh\nexec python3 - "$@" <<"END"\n{prelude} / "results" / "llama.json"\n{code}\nEND\n')
-    script.chmod(0o755)
-    monkeypatch.setattr(architectures.sys, "executable", str(script))
+@pytest.fixture
+def work(tmp_path):
     (tmp_path / "results").mkdir()
+    return tmp_path
 
 
-def test_a_crash_is_an_error_with_its_last_words(monkeypatch, tmp_path, options):
-    fake(monkeypatch, tmp_path, "sys.exit('it hurts')")
-    result = architectures.run_child("llama", tmp_path, "results", options)
-    assert result["verdict"] == "error"
-    assert "exit code 1" in result["reason"] and "it hurts" in result["reason"]
+def test_exit_codes_of_processes():
+    assert architectures.run_process(os._exit, (0,), 60) == 0
+    assert architectures.run_process(os._exit, (3,), 60) == 3
+    assert architectures.run_process(os.abort, (), 60) == -signal.SIGABRT
 
 
-def test_a_stale_result_is_not_taken_for_a_new_one(monkeypatch, tmp_path, options):
-    fake(monkeypatch, tmp_path, "sys.exit(3)")
-    architectures.result_path(tmp_path, "results", "llama").write_text(json.dumps({"verdict": "pass"}))
-    assert architectures.run_child("llama", tmp_path, "results", options)["verdict"] == "error"
+def test_a_process_that_takes_too_long_is_ended():
+    assert architectures.run_process(time.sleep, (60,), 0.2) is None
 
 
-def test_no_result_in_time_is_an_error(monkeypatch, tmp_path, options):
-    fake(monkeypatch, tmp_path, "import time; time.sleep(20)")
-    options.timeout = 0.5
-    result = architectures.run_child("llama", tmp_path, "results", options)
-    assert (result["verdict"], result["reason"]) == ("error", "no result after 0 s")
+def test_a_crash_is_an_error_with_its_last_words(monkeypatch, work, options):
+    def crash(target, args, timeout):
+        args[-1].write_text("it hurts")
+        return -11
+
+    monkeypatch.setattr(architectures, "run_process", crash)
+    result = architectures.run_child("llama", work, "results", options)
+    assert (result["verdict"], result["reason"]) == ("error", "ended with exit code -11: it hurts")
 
 
-def test_a_child_s_result_is_taken(monkeypatch, tmp_path, options):
-    fake(monkeypatch, tmp_path, "result.write_text(json.dumps({'name': 'llama', 'verdict': 'pass', 'errors': {}}))")
-    result = architectures.run_child("llama", tmp_path, "results", options)
+def test_a_stale_result_is_not_taken_for_a_new_one(monkeypatch, work, options):
+    monkeypatch.setattr(architectures, "run_process", lambda *_: 1)
+    architectures.result_path(work, "results", "llama").write_text(json.dumps({"verdict": "pass"}))
+    assert architectures.run_child("llama", work, "results", options)["verdict"] == "error"
+
+
+def test_no_result_in_time_is_an_error(monkeypatch, work, options):
+    monkeypatch.setattr(architectures, "run_process", lambda *_: None)
+    result = architectures.run_child("llama", work, "results", options)
+    assert (result["verdict"], result["reason"]) == ("error", "no result after 60 s")
+
+
+def test_a_child_s_result_is_taken(monkeypatch, work, options):
+    def answer(target, args, timeout):
+        architectures.result_path(work, "results", "llama").write_text('{"name": "llama", "verdict": "pass"}')
+        return 0
+
+    monkeypatch.setattr(architectures, "run_process", answer)
+    result = architectures.run_child("llama", work, "results", options)
     assert result["verdict"] == "pass" and result["seconds"] >= 0
 
 
