@@ -91,7 +91,7 @@ class Product:
         return value
 
     def copy_block(self, x: Any, blocks: Any, source: Callable[[Any], Any], base: Any, rows: Any) -> None:
-        """Emit the copy of rows source(0) … source(rows-1) of x into the block that begins at row `base` of `blocks`."""
+        """Emit the copy of rows source(0) … source(rows-1) of x into the block at row `base` of `blocks`."""
         padded = T.bind(self.padded(rows))
         four = Vector(RUN)
         each = 2 * RUN if self.dots else RUN

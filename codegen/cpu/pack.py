@@ -1,7 +1,7 @@
 """How weights lie: panels of output columns, one vector lane to a column.
 
-A weight [columns, depth] becomes [panels][depth][vectors][lanes]; bfloat16, [panels][depth/2][vectors][lanes][2], pairs of
-consecutive k in one 32-bit lane. Columns and depth are padded with zeros. With `halves` (a gated activation: the first
+A weight [columns, depth] becomes [panels][depth][vectors][lanes]; bfloat16, [panels][depth/2][vectors][lanes][2], pairs
+of consecutive k in one 32-bit lane. Columns and depth are padded with zeros. With `halves` (a gated activation: the first
 half of the columns are gates, the second half what they gate) a panel holds gates and then their partners.
 """
 
@@ -72,7 +72,7 @@ class Panels:
         return column + (at // half) * (self.columns // 2) if column < self.columns // 2 else None
 
     def pack(self, weight: Rows | np.ndarray, out: np.ndarray, start: int = 0, stop: int | None = None) -> None:
-        """Write panels start … stop of the weight into out (shape (stop - start, *shape[1:])), reading only their rows."""
+        """Write panels start … stop of the weight into out [stop - start, *shape[1:]], reading only their rows."""
         stop = self.count if stop is None else stop
         half = self.width // 2
         for panel in range(start, stop):

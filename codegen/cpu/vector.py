@@ -1,7 +1,7 @@
 """Vectors, registers, shared-out work: what every CPU kernel template is made of.
 
 Templates are Python that runs while `tvm.script.ir_builder` records: Python loops unroll, `T.*` emits. Nothing here is
-fast-math: sums are explicit chains of fused multiply-adds, so that the same chain gives the same bits wherever it stands.
+fast-math: sums are explicit chains of fused multiply-adds, so that the same chain gives the same bits wherever it is.
 """
 
 from collections.abc import Callable, Sequence
@@ -99,12 +99,27 @@ def variable(dtype: str, value: Any) -> Any:
     return v
 
 
+def opaque(value: Any, dtype: str = "int64") -> Any:
+    """A bound scalar that TVM's simplifier can't see through, but LLVM can.
+
+    What the simplifier sees through, it expands at every use: nested minima and maxima then cost seconds.
+    """
+    return T.bind(variable(dtype, value)[0])
+
+
 @contextmanager
 def loop(start: Any, stop: Any):
     """for i in [start, stop), i64."""
-    first = T.bind(i64(start))
-    with T.serial(T.int64(0), T.max(i64(stop) - first, T.int64(0))) as i:
-        yield T.bind(first + i)
+    if isinstance(start, int) and isinstance(stop, int):
+        with T.serial(T.int64(start), T.int64(stop)) as i:
+            yield i
+    elif isinstance(start, int) and start == 0:
+        with T.serial(T.int64(0), opaque(i64(stop))) as i:
+            yield i
+    else:
+        first = opaque(i64(start))
+        with T.serial(T.int64(0), opaque(i64(stop) - first)) as i:
+            yield T.bind(first + i)
 
 
 def share_out(items: Any, work: Callable[[Any], None], setup: Callable[[], Any] = lambda: None) -> None:
@@ -153,12 +168,15 @@ class Vector:
         return self.broadcast(T.int32(value))
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
-        """a * b + c, rounded once."""
-        return T.call_llvm_pure_intrin(self.f32, "llvm.fma", a, b, c)
+        """a * b + c, rounded once.
+
+        Not marked pure: TVM's simplifier expands pure bound values where they are used, exponentially in a polynomial.
+        """
+        return T.bind(T.call_llvm_intrin(self.f32, "llvm.fma", a, b, c))
 
     def dot_bf16(self, a: Any, b: Any, c: Any) -> Any:
         """c + a.lo * b.lo + a.hi * b.hi: a and b are int32 lanes, each two bfloat16."""
-        return T.call_pure_extern(self.f32, "llmc_dot_bf16", c, a, b)
+        return T.bind(T.call_extern(self.f32, "llmc_dot_bf16", c, a, b))
 
     def bits_to_f32(self, bits: Any) -> Any:
         """float32 of bfloat16 bits in the low halves of int32 lanes."""
@@ -199,45 +217,49 @@ class Vector:
     def register(self, value: Any = None) -> "Register":
         return Register(self, value)
 
+    def keep(self, value: Any) -> Any:
+        """A bound vector that TVM's simplifier can't see through (see `opaque`)."""
+        return T.bind(self.register(value).get())
+
     def ramp(self, start: Any) -> Any:
         """start, start + 1, … in int32 lanes."""
         start = T.Cast("int32", start)
         return start if self.lanes == 1 else T.ramp(start, 1, self.lanes)
 
     def maximum_of_lanes(self, value: Any) -> Any:
-        return (
-            value if self.lanes == 1 else T.bind(T.call_llvm_pure_intrin("float32", "llvm.vector.reduce.fmax", value))
-        )
+        return value if self.lanes == 1 else T.bind(T.call_llvm_intrin("float32", "llvm.vector.reduce.fmax", value))
 
     def sum_of_lanes(self, value: Any) -> Any:
         """In the order of the lanes."""
         if self.lanes == 1:
             return value
-        return T.bind(T.call_llvm_pure_intrin("float32", "llvm.vector.reduce.fadd", T.float32(0), value))
+        return T.bind(T.call_llvm_intrin("float32", "llvm.vector.reduce.fadd", T.float32(0), value))
 
     def exp(self, x: Any) -> Any:
         """e**x within 2 ulp for x <= 88 and 0 below -87.3; reduction and polynomial after Cephes' expf."""
         c = self.const
+        x = self.keep(x)
         clamped = T.bind(T.min(T.max(x, c(-87.3)), c(88.0)))
-        i = T.bind(T.call_llvm_pure_intrin(self.f32, "llvm.rint", clamped * c(1.44269504088896341)))
-        r = T.bind(self.fma(i, c(-0.693359375), clamped))
-        r = T.bind(self.fma(i, c(2.12194440e-4), r))
+        i = T.bind(T.call_llvm_intrin(self.f32, "llvm.rint", clamped * c(1.44269504088896341)))
+        r = self.fma(i, c(-0.693359375), clamped)
+        r = self.fma(i, c(2.12194440e-4), r)
         p = c(1.9875691500e-4)
         for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-            p = T.bind(self.fma(p, r, c(coefficient)))
-        p = T.bind(self.fma(p, r * r, r))
+            p = self.fma(p, r, c(coefficient))
+        p = self.fma(p, r * r, r)
         scale = T.reinterpret(self.f32, T.shift_left(T.Cast(self.i32, i) + self.iconst(127), self.iconst(23)))
         return T.bind(T.Select(x < c(-87.3), c(0.0), self.fma(p, scale, scale)))
 
     def tanh(self, x: Any) -> Any:
         """tanh(x) within a few ulp, after Cephes' tanhf."""
         c = self.const
+        x = self.keep(x)
         big = T.bind(c(1.0) - c(2.0) / (self.exp(T.abs(x) * c(2.0)) + c(1.0)))
         big = T.bind(T.Select(x < c(0.0), c(0.0) - big, big))
         z = T.bind(x * x)
         p = c(-5.70498872745e-3)
         for coefficient in (2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1):
-            p = T.bind(self.fma(p, z, c(coefficient)))
+            p = self.fma(p, z, c(coefficient))
         return T.bind(T.Select(T.abs(x) < c(0.625), self.fma(p * z, x, x), big))
 
     def silu(self, x: Any) -> Any:
@@ -281,3 +303,36 @@ def chunks(size: int, lanes: int) -> list[tuple[int, int]]:
         found.append((offset, width))
         offset += width
     return found
+
+
+def transpose_text(lanes: int) -> str:
+    """LLVM text of llmc_transpose_{lanes}(source, destination, stride): a square of floats with rows and columns swapped.
+
+    The source's rows lie together, the destination's `stride` bytes apart. A row is interleaved with the row half the
+    square below it, log2(lanes) times over: perfect shuffles, each one or two instructions.
+    """
+    if lanes == 1:
+        return ""
+    vector = f"<{lanes} x float>"
+    lines = [f"define linkonce_odr void @llmc_transpose_{lanes}(ptr %s, ptr %d, i64 %stride) alwaysinline {{"]
+    names = []
+    for i in range(lanes):
+        lines.append(f"  %p{i} = getelementptr i8, ptr %s, i64 {i * lanes * 4}")
+        lines.append(f"  %r{i} = load {vector}, ptr %p{i}, align 4")
+        names.append(f"%r{i}")
+    low = [i // 2 + lanes * (i % 2) for i in range(lanes)]
+    for stage in range(lanes.bit_length() - 1):
+        new = []
+        for i in range(lanes // 2):
+            for half in (0, lanes // 2):
+                mask = ", ".join(f"i32 {j + half}" for j in low)
+                name = f"%t{stage}_{len(new)}"
+                a, b = names[i], names[i + lanes // 2]
+                lines.append(f"  {name} = shufflevector {vector} {a}, {vector} {b}, <{lanes} x i32> <{mask}>")
+                new.append(name)
+        names = new
+    for i in range(lanes):
+        lines.append(f"  %o{i} = mul i64 %stride, {i}")
+        lines.append(f"  %q{i} = getelementptr i8, ptr %d, i64 %o{i}")
+        lines.append(f"  store {vector} {names[i]}, ptr %q{i}, align 4")
+    return "\n".join([*lines, "  ret void", "}", ""])
