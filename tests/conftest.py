@@ -3,6 +3,7 @@
 import difflib
 import multiprocessing
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,27 @@ def isolated():
             child.join()
 
     return run
+
+
+TINY_PYTHON = Path(__file__).parent / "data" / "tiny-python"
+
+
+@pytest.fixture(scope="session")
+def tiny_python(tmp_path_factory):
+    """The artifact of tests/data/tiny-python for this machine, compiled once for all test processes."""
+    import llmc
+
+    root = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        root = root.parent
+    artifact, lock = root / "tiny-python.llmc", root / "tiny-python.lock"
+    try:
+        lock.mkdir()
+    except FileExistsError:
+        deadline = time.monotonic() + 300
+        while not artifact.exists():
+            assert time.monotonic() < deadline, "the other test process did not compile tiny-python in 300 s"
+            time.sleep(0.2)
+    else:
+        llmc.compile(TINY_PYTHON, output=artifact)
+    return artifact
