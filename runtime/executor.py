@@ -7,6 +7,7 @@ import ctypes
 import importlib.util
 import mmap
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -149,7 +150,7 @@ def _function(machine: Any, target: TargetEntry, name: str) -> Any:
 def _open(library: Path) -> tuple[Any, Any, Any]:
     """-> the library's functions by name, tvm_ffi.from_dlpack, tvm_ffi.convert."""
     os.environ.setdefault("TVM_NUM_THREADS", str(cores()))  # read once, when the pool starts; TVM's default is half
-    import tvm_ffi  # here, so that `import llmc` stays quick
+    tvm_ffi = _import_tvm_ffi()
 
     for name in ("libtvm_runtime", "libtvm_runtime_extra"):
         ctypes.CDLL(str(_runtime_folder() / f"{name}{library.suffix}"), ctypes.RTLD_GLOBAL)
@@ -161,6 +162,23 @@ def _open(library: Path) -> tuple[Any, Any, Any]:
     # every size it has ever seen, and ragged steps have every size.
     machine["vm_initialization"](1, 0, 1)
     return machine, tvm_ffi.from_dlpack, tvm_ffi.convert
+
+
+def _import_tvm_ffi() -> Any:
+    """tvm_ffi, here so that `import llmc` stays quick, and without torch, which it would import where it is installed.
+
+    torch takes seconds and hundreds of megabytes, and nothing here hands over its tensors.
+    """
+    absent = object()
+    torch = sys.modules.get("torch", absent)
+    if torch is absent:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # `import torch` fails while this stands
+    try:
+        import tvm_ffi
+    finally:
+        if torch is absent:
+            del sys.modules["torch"]
+    return tvm_ffi
 
 
 def _runtime_folder() -> Path:
