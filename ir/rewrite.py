@@ -5,7 +5,7 @@ from __future__ import annotations
 import tvm
 from tvm import relax
 
-__all__ = ["Rewriter", "bindings", "dtype_of", "finish", "op_name"]
+__all__ = ["Rewriter", "bindings", "dtype_of", "finish", "needed_by", "op_name", "variables"]
 
 
 def bindings(function: relax.Function):
@@ -23,6 +23,30 @@ def op_name(value) -> str | None:
 def dtype_of(value) -> str:
     """The dtype of a tensor's values ("float32")."""
     return str(value.ty.dtype)
+
+
+def variables(value: relax.Expr) -> set[relax.Var]:
+    """The variables that an expression (of a binding) reads."""
+    if isinstance(value, relax.Var):
+        return {value}
+    if isinstance(value, relax.Tuple):
+        return {v for field in value.fields for v in variables(field)}
+    if isinstance(value, relax.TupleGetItem):
+        return variables(value.tuple_value)
+    if isinstance(value, relax.Call):
+        return {v for arg in value.args for v in variables(arg)}
+    return set()
+
+
+def needed_by(results: list[relax.Var], bound: dict[relax.Var, relax.Expr]) -> set[relax.Var]:
+    """The variables that results are computed from, themselves included."""
+    needed, todo = set(), list(results)
+    while todo:
+        var = todo.pop()
+        if var not in needed:
+            needed.add(var)
+            todo += variables(bound[var]) if var in bound else ()
+    return needed
 
 
 def finish(module: tvm.IRModule) -> tvm.IRModule:

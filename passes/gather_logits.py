@@ -10,9 +10,8 @@ from tvm.relax import op as R
 
 from llmc.ir.ops import op_of
 from llmc.ir.paging import APPEND_PAGES, PAGED_ATTENTION
-from llmc.ir.rewrite import Rewriter, bindings, dtype_of
+from llmc.ir.rewrite import Rewriter, bindings, dtype_of, needed_by
 from llmc.passes.goal import Goal
-from llmc.passes.split_embedding import needed_by
 
 __all__ = ["GatherLogits"]
 

@@ -10,7 +10,7 @@ from tvm.relax import op as R
 
 from llmc.ir.errors import CompileError
 from llmc.ir.ops import op_of
-from llmc.ir.rewrite import Rewriter, bindings, dtype_of, finish, op_name
+from llmc.ir.rewrite import Rewriter, bindings, dtype_of, finish, needed_by, op_name, variables
 from llmc.passes.goal import Goal
 
 __all__ = ["SplitEmbedding"]
@@ -174,30 +174,6 @@ INTEGERS = {"int32", "int64", "bool"}
 
 def dtype_of_or_none(value: relax.Expr) -> str | None:
     return dtype_of(value) if isinstance(value.ty, relax.TensorType) else None
-
-
-def variables(value: relax.Expr) -> set[relax.Var]:
-    """The variables that an expression (of a binding) reads."""
-    if isinstance(value, relax.Var):
-        return {value}
-    if isinstance(value, relax.Tuple):
-        return {v for field in value.fields for v in variables(field)}
-    if isinstance(value, relax.TupleGetItem):
-        return variables(value.tuple_value)
-    if isinstance(value, relax.Call):
-        return {v for arg in value.args for v in variables(arg)}
-    return set()
-
-
-def needed_by(results: list[relax.Var], bound: dict[relax.Var, relax.Expr]) -> set[relax.Var]:
-    """The variables that results are computed from, themselves included."""
-    needed, todo = set(), list(results)
-    while todo:
-        var = todo.pop()
-        if var not in needed:
-            needed.add(var)
-            todo += variables(bound[var]) if var in bound else ()
-    return needed
 
 
 def drop_unused_weights(function: relax.Function) -> relax.Function:
