@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 from tvm.relax import op as R
 
 from llmc.ir.ops import attention, attributes_of, op_of
@@ -113,7 +113,7 @@ class _Absorber(Rewriter):
         product = self.bound.get(source)
         while op_name(product) == "astype":
             product = self.bound.get(product.args[0])
-        if op_name(product) != "matmul" or len(product.args[0].ty.shape) != 2:
+        if op_name(product) != "matmul" or not self.is_one_row(product.args[0]):
             return None
         turned = self.bound.get(product.args[1])
         if op_name(turned) != "permute_dims" or not self.is_weight(turned.args[0]):
@@ -123,6 +123,11 @@ class _Absorber(Rewriter):
         if stride * heads != int(turned.args[0].ty.shape[0]) or (rows != expected).any():
             return None
         return _Expansion(product.args[0], turned.args[0], stride, int(rows[0, 0]), begin, end)
+
+    def is_one_row(self, x: relax.Var) -> bool:
+        """Is x one row a token: [n, r], whatever axes of length 1 stand beside?"""
+        rows = [d for d in list(x.ty.shape)[:-1] if not (isinstance(d, tirx.IntImm) and d.value == 1)]
+        return len(rows) == 1 and rows[0].same_as(self.n)
 
     def is_weight(self, x: relax.Var) -> bool:
         """Is x a weight [o, r], or the cast of one?"""
@@ -139,7 +144,7 @@ class _Absorber(Rewriter):
         heads, rank = int(q.ty.shape[1]), int(latent.key.weight.ty.shape[1])
         own = self.columns(q, latent.key.begin, latent.key.end)
         queries = [self.times(own, self.rows_of(latent.key, heads), dtype)]
-        keys = [self.emit(R.reshape(self.get(latent.key.latent), [n, 1, rank]))]
+        keys = [self.emit(R.reshape(self.token_first(latent.key.latent), [n, 1, rank]))]
         if latent.shared is not None:
             begin, end = latent.columns
             queries.append(self.columns(q, begin, end))

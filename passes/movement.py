@@ -83,6 +83,8 @@ class Movement:
             return np.concatenate([self.elements(f) for f in value.args[0].fields], axis=int(value.attrs.axis))
         if name == "strided_slice":
             return self.slice(value)
+        if name == "slice_scatter":
+            return self.scatter(value)
         return None
 
     def part(self, value: relax.Expr, index: int) -> np.ndarray | None:
@@ -102,6 +104,16 @@ class Movement:
         for axis, b, e, s in zip(axes, begin, end, steps, strict=True):
             index[axis] = slice(b, e if e < 2**31 else None, s)
         return x[tuple(index)]
+
+    def scatter(self, value: relax.Call) -> np.ndarray | None:
+        begin, end, step = (number(f) for f in value.args[2:5])
+        if None in (begin, end, step):
+            return None
+        x = self.elements(value.args[0]).copy()
+        index = [slice(None)] * x.ndim
+        index[int(value.attrs.axis)] = slice(begin, end if end < 2**31 else None, step)
+        x[tuple(index)] = self.elements(value.args[1])
+        return x
 
 
 def number(field: relax.Expr) -> int | None:
