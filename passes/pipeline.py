@@ -9,7 +9,9 @@ from typing import Protocol
 import tvm
 
 from llmc.ir import forms
+from llmc.passes.cache_latent import CacheLatent
 from llmc.passes.drop_batch_axis import DropBatchAxis
+from llmc.passes.fuse_projections import FuseProjections
 from llmc.passes.gather_logits import GatherLogits
 from llmc.passes.goal import Goal
 from llmc.passes.page_attention import PageAttention
@@ -40,5 +42,6 @@ class Stage:
 
 PIPELINE: tuple[Stage, ...] = (
     Stage("textbook", (RaisePositions(), DropBatchAxis(), ProveTokenLocality()), forms.check_textbook),
+    Stage("weights", (CacheLatent(), FuseProjections()), forms.check_textbook),
     Stage("ragged", (PageAttention(), SplitEmbedding(), GatherLogits(), ProveTokenLocality()), forms.check_well_formed),
 )
