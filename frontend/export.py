@@ -11,14 +11,15 @@ import types
 from collections.abc import Iterator
 
 import torch
-from llmc.frontend import masks
-from llmc.frontend.importer import drop_checks
-from llmc.ir.errors import SourceError
 from torch import nn
 from transformers.initialization import no_init_weights
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
+
+from llmc.frontend import masks
+from llmc.frontend.importer import drop_checks
+from llmc.ir.errors import SourceError
 
 torch.library.define(
     "llmc::attention",
@@ -41,7 +42,6 @@ def _expert_linear_shape(x, w, bias, ids, transposed):
 # Keywords of attention calls that change nothing here: what they say stands in the mask, or concerns caches, training
 # and other outputs. Every other keyword that is not None is refused.
 HARMLESS = {
-    "attention_mask",
     "cache_position",
     "deterministic",
     "is_causal",
@@ -245,9 +245,15 @@ class Textbook(nn.Module):
 
 def export(model: nn.Module, max_context: int) -> torch.export.ExportedProgram:
     """The textbook program of a model, of any length; masks are still tensor programs in it."""
+    try:
+        return _export(model, torch.export.Dim("n", min=1))
+    except torch._dynamo.exc.UserError:  # a length that something in the model bounds
+        return _export(model, torch.export.Dim("n", min=1, max=max_context))
+
+
+def _export(model: nn.Module, length) -> torch.export.ExportedProgram:
     n = 17
     tokens, positions = torch.zeros(1, n, dtype=torch.int32), torch.arange(n, dtype=torch.int32)[None]
-    length = torch.export.Dim("n", min=1)
     with torch.no_grad():
         return torch.export.export(
             Textbook(model),

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 import transformers
 import tvm
+from torch import nn
+
 from llmc.frontend import export as exporting
 from llmc.frontend import weights as checkpoints
 from llmc.frontend.importer import dtype_name, import_program
 from llmc.frontend.weights import LazyTensor
 from llmc.ir.errors import SourceError
-from torch import nn
 
 COMPUTE = ("float32", "bfloat16", "float16")
 LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length",
@@ -60,8 +61,8 @@ def load(source: str | os.PathLike, *, dtype: str | None = None, max_context: in
     folder, file = locate(source)
     config = read_config(folder)
     text = config.get_text_config(decoder=True)
-    model_class = class_of(config)
-    model = _explained(config, "be built", lambda: exporting.build(model_class, config, getattr(torch, dtype)))
+    model_class, own_config = class_of(config)
+    model = _explained(config, "be built", lambda: exporting.build(model_class, own_config, getattr(torch, dtype)))
     max_context, notes = context_of(text, max_context, exporting.first_position(model))
     weights, unused = checkpoints.convert(model, checkpoints.open_checkpoint(folder, file))
     names = name_parameters(model, weights)
@@ -172,8 +173,7 @@ def read_config(folder: Path):
         method = (raw.get("quantization_config") or raw["text_config"]["quantization_config"]).get("quant_method")
         raise SourceError(f"{path}: expected plain weights, found a checkpoint quantized by {method}: not yet")
     try:
-        raw.pop("auto_map", None)
-        config = transformers.CONFIG_MAPPING[kind].from_dict(raw)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise SourceError(f"{path}: not a config of {kind}: {_first_line(error)}") from None
     layers = getattr(config.get_text_config(decoder=True), "layer_types", None) or []
@@ -186,15 +186,19 @@ def read_config(folder: Path):
     return config
 
 
-def class_of(config) -> type:
-    """The class of transformers that computes logits from tokens for this config."""
-    for mapping in (
-        transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
-        transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    ):
+def class_of(config) -> tuple[type, Any]:
+    """The class of transformers that computes logits from tokens, and the config to build it from.
+
+    A model with pictures or sound is built whole: its checkpoint names are those of the whole.
+    """
+    for mapping in (transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, transformers.MODEL_FOR_CAUSAL_LM_MAPPING):
         if type(config) in mapping:
             found = mapping[type(config)]
-            return found[0] if isinstance(found, tuple) else found
+            found = found[0] if isinstance(found, tuple) else found
+            text = config.sub_configs.get("text_config")
+            if text is not None and getattr(found, "config_class", None) is text:
+                config = config.get_text_config()
+            return found, config
     raise SourceError(f"{config.model_type}: expected a decoder that transformers knows as a causal language model")
 
 
@@ -345,6 +349,11 @@ def _explained(config, what: str, action):
         if isinstance(cause, SourceError):
             text = str(cause)
             raise SourceError(text if text.startswith(config.model_type) else f"{config.model_type}: {text}") from error
+        if isinstance(error, KeyError) and error.args == ("llmc",):
+            raise SourceError(
+                f"{config.model_type}: expected a model that goes through transformers' attention interface, found one "
+                "with attention code of its own: not supported"
+            ) from error
         raise SourceError(f"{config.model_type}: cannot {what}: {_first_line(error)}") from error
 
 

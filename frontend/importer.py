@@ -12,12 +12,13 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 import tvm
-from llmc.ir import ops
-from llmc.ir.errors import SourceError
 from torch import fx
 from tvm import relax, tirx
 from tvm.relax import op as R
 from tvm.relax.frontend.torch import exported_program_translator as translator
+
+from llmc.ir import ops
+from llmc.ir.errors import SourceError
 
 CHECKS = ("_assert_tensor_metadata.default", "_assert_scalar.default", "_assert_async.msg", "_assert_async.default")
 
@@ -31,9 +32,13 @@ def import_program(
     weight -> dtype it is stored in. Weights that nothing uses are dropped.
     SourceError names the PyTorch operators that have no translation.
     """
-    program = program.run_decompositions({})  # not core ATen: linear and silu stay whole
     drop_checks(program)
     importer = Importer(program, names, dtypes)
+    if _writes_in_place(program) or importer.missing():
+        # Not core ATen: linear and silu stay whole. It traces the program anew, so only where there is a need.
+        program = program.run_decompositions({})
+        drop_checks(program)
+        importer = Importer(program, names, dtypes)
     module = relax.transform.DeadCodeElimination(["main"])(importer.convert())
     main = module["main"]
     count = int(main.attrs["num_input"])
@@ -53,6 +58,11 @@ def drop_checks(program: torch.export.ExportedProgram) -> None:
     program.graph_module.recompile()
 
 
+def _writes_in_place(program: torch.export.ExportedProgram) -> bool:
+    schemas = [getattr(n.target, "_schema", None) for n in program.graph.nodes if n.op == "call_function"]
+    return any(schema is not None and schema.is_mutable for schema in schemas)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """torch.bfloat16 -> 'bfloat16', as Relax and numpy spell it ('bool' alike)."""
     return str(dtype).removeprefix("torch.")
@@ -65,16 +75,16 @@ class Importer(translator.ExportedProgramImporter):
         super().__init__()
         self.program, self.names, self.dtypes = program, names, dtypes
 
+    def missing(self) -> list[str]:
+        """The operators of the program that have no translation."""
+        called = {n.target.__name__ for n in self.program.graph.nodes if n.op == "call_function"}
+        return sorted(called - set(self.convert_map))
+
     def convert(self) -> tvm.IRModule:
-        missing = sorted(
-            {
-                node.target.__name__
-                for node in self.program.graph.nodes
-                if node.op == "call_function" and node.target.__name__ not in self.convert_map
-            }
-        )
-        if missing:
-            raise SourceError(f"expected PyTorch operators with a translation, found: {', '.join(missing)}")
+        if self.missing():
+            raise SourceError(
+                f"expected PyTorch operators with a translation, found: {', '.join(self.missing())}: not supported"
+            )
         module = self.from_exported_program(self.program, True, True, False, {})
         module["main"] = module["main"].without_attr("params")
         return module
@@ -138,9 +148,15 @@ class Importer(translator.ExportedProgramImporter):
             "_unsafe_view.default": self.convert_view,
             "view.default": self.convert_view,
             "reshape.default": self.convert_view,
+            "flatten.using_ints": self.convert_flatten,
+            "chunk.default": self.convert_chunk,
+            "to.dtype": self.convert_cast,
+            "to.device": self.convert_cast,
             "topk.default": self.convert_topk,
             "new_empty.default": self.convert_new_empty,
             "layer_norm.default": self.convert_layer_norm,
+            "rms_norm.default": self.convert_rms_norm,
+            "select_scatter.default": self.convert_select_scatter,
             "polar.default": self.convert_polar,
             "mul.Tensor": self.convert_mul,
             "to.dtype_layout": self.convert_to,
@@ -231,6 +247,21 @@ class Importer(translator.ExportedProgramImporter):
             dims[free[0]] = tvm.sym.Analyzer().simplify(tirx.floordiv(total, known))
         return self.emit(R.reshape(x, dims))
 
+    def convert_flatten(self, node):
+        a = self._arguments(node)
+        dims = list(a["self"].ty.shape)
+        first, last = a["start_dim"] % len(dims), a["end_dim"] % len(dims)
+        merged = functools.reduce(operator.mul, dims[first : last + 1])
+        return self.emit(R.reshape(a["self"], [*dims[:first], merged, *dims[last + 1 :]]))
+
+    def convert_chunk(self, node):
+        a = self._arguments(node)
+        sizes = [v.shape[a["dim"]] for v in node.meta["val"]]
+        return self.emit(R.split(a["self"], [sum(sizes[:i]) for i in range(1, len(sizes))], axis=a["dim"]))
+
+    def convert_cast(self, node):
+        return self._cast(self.env[node.args[0]], dtype_name(node.meta["val"].dtype))
+
     def convert_topk(self, node):
         """Sorted or not: a sorted result is one of those that PyTorch may give."""
         a = self._arguments(node)
@@ -263,6 +294,27 @@ class Importer(translator.ExportedProgramImporter):
         weight, bias = self._cast(weight, x.ty.dtype), self._cast(bias, x.ty.dtype)
         axes = list(range(-len(shape), 0))
         return self.emit(R.nn.layer_norm(x, weight, bias, axes=axes, epsilon=a["eps"]))
+
+    def convert_rms_norm(self, node):
+        """x / sqrt(mean(x²) + eps) · weight in float32, rounded once: what PyTorch does."""
+        a = self._arguments(node)
+        x = self._cast(a["input"], "float32")
+        axes = list(range(-len(a["normalized_shape"]), 0))
+        eps = torch.finfo(node.args[0].meta["val"].dtype).eps if a["eps"] is None else a["eps"]
+        mean = self.emit(R.mean(self.emit(R.multiply(x, x)), axes, keepdims=True))
+        y = self.emit(R.multiply(x, self.emit(R.rsqrt(self.emit(R.add(mean, relax.const(eps, "float32")))))))
+        if a["weight"] is not None:
+            y = self.emit(R.multiply(y, self._cast(a["weight"], "float32")))
+        return self._cast(y, a["input"].ty.dtype)
+
+    def convert_select_scatter(self, node):
+        a = self._arguments(node)
+        dim, size = a["dim"], node.meta["val"].shape[a["dim"]]
+        at = a["index"] % size
+        parts = list(self.emit(R.split(a["self"], [i for i in (at, at + 1) if 0 < i < size], axis=dim)))
+        parts = [self.emit(part) for part in parts]
+        parts[1 if at else 0] = self.emit(R.expand_dims(a["src"], dim))
+        return self.emit(R.concat(parts, axis=dim))
 
     # A complex tensor is a real one with a last axis of 2: rotary embeddings in polar form.
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from llmc.ir.errors import SourceError
 from torch import fx
+
+from llmc.ir.errors import SourceError
 
 torch.library.define("llmc::query_rows", "(SymInt n) -> Tensor")
 CELLS = 1 << 22  # of a sampled mask: rows x keys; bounds the memory of an evaluation

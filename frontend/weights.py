@@ -15,6 +15,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import torch
+
 from llmc.ir.errors import SourceError
 
 DTYPES = {

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from llmc.frontend.huggingface import load
 
 KINDS = ["llama", "gemma2", "gpt_oss", "deepseek_v3", "llama4_text", "mixtral", "phi3", "gpt2", "olmo", "roberta"]
