@@ -41,6 +41,11 @@ def leading_one(ty) -> bool:
     return isinstance(first, tirx.IntImm) and int(first) == 1
 
 
+def tail(ty) -> list:
+    """A shape without its leading axis."""
+    return list(ty.shape.values)[1:]
+
+
 class _Drop(Rewriter):
     """`short` holds values that lost their axis; `new` all others, and the long form of short ones where asked for."""
 
@@ -51,12 +56,12 @@ class _Drop(Rewriter):
     def params(self, old: list[relax.Var]) -> list[relax.Var]:
         inputs = int(self.old.attrs["num_input"])
         for p in old[:inputs]:
-            self.short[p] = relax.Var(p.name, relax.TensorType(list(p.ty.shape.values)[1:], p.ty.dtype))
+            self.short[p] = relax.Var(p.name, relax.TensorType(tail(p.ty), p.ty.dtype))
         return [self.short.get(p, p) for p in old]
 
     def get(self, x: relax.Expr) -> relax.Expr:
         if isinstance(x, relax.Var) and x in self.short and x not in self.new:
-            self.new[x] = self.emit(R.expand_dims(self.short[x], 0))
+            self.new[x] = self.emit(R.reshape(self.short[x], x.ty.shape))
         return super().get(x)
 
     def result(self, body: relax.Expr) -> relax.Expr:
@@ -73,7 +78,7 @@ class _Drop(Rewriter):
         if shortened is not None:
             self.short[var] = self.emit(shortened, name)
         elif leading_one(var.ty):
-            self.short[var] = self.emit(R.squeeze(self.emit(self.again(value)), [0]), name)
+            self.short[var] = self.emit(R.reshape(self.emit(self.again(value)), tail(var.ty)), name)
         else:
             self.new[var] = self.emit(self.regrouped(value), name)
 
@@ -85,10 +90,11 @@ class _Drop(Rewriter):
 
     def shorten(self, value: relax.Expr) -> relax.Expr | None:
         """`value` without its leading 1, made of short operands; None where no rule says how."""
+        if isinstance(value, relax.TupleGetItem) and value.tuple_value in self.short:
+            return relax.TupleGetItem(self.short[value.tuple_value], value.index)
         rule = RULES.get(op_name(value) or "")
-        if rule is None or not leading_one(value.ty):
-            return None
-        return rule(self, value)
+        parts = value.ty.fields if isinstance(value.ty, relax.TupleType) else [value.ty]
+        return rule(self, value) if rule is not None and all(map(leading_one, parts)) else None
 
 
 Rule = Callable[[_Drop, relax.Call], relax.Expr | None]
@@ -145,13 +151,13 @@ def broadcast(drop: _Drop, value: relax.Call) -> relax.Expr | None:
 def reshape(drop: _Drop, value: relax.Call) -> relax.Expr:
     x = value.args[0]
     short = drop.short[x] if x in drop.short else drop.get(x)
-    return R.reshape(short, list(value.ty.shape.values)[1:])
+    return R.reshape(short, tail(value.ty))
 
 
 @rule("broadcast_to")
 @on_short()
 def broadcast_to(drop, value, x, rank):
-    return R.broadcast_to(x, list(value.ty.shape.values)[1:])
+    return R.broadcast_to(x, tail(value.ty))
 
 
 @rule("permute_dims")
@@ -192,6 +198,56 @@ def layer_norm(drop, value, x, rank):
     axes, attrs = fewer(value.attrs.axes, rank), value.attrs
     weights = [drop.get(a) for a in value.args[1:]]
     return None if axes is None else R.nn.layer_norm(x, *weights, axes, attrs.epsilon, attrs.center, attrs.scale)
+
+
+@rule("sort", "argsort", "topk", "flip", "split", "argmax", "argmin")
+@on_short()
+def along_axis(drop, value, x, rank):
+    axes, attrs = fewer(value.attrs.axis, rank), value.attrs
+    if axes is None:
+        return None
+    axis = axes[0]
+    if value.op.name == "relax.topk":
+        return R.topk(x, int(attrs.k), axis, attrs.ret_type, attrs.largest, attrs.dtype)
+    if value.op.name == "relax.split":
+        sections = attrs.indices_or_sections
+        return R.split(x, int(sections) if isinstance(sections, (int, tirx.IntImm)) else list(map(int, sections)), axis)
+    if value.op.name == "relax.sort":
+        return R.sort(x, axis, attrs.descending)
+    if value.op.name == "relax.argsort":
+        return R.argsort(x, axis, attrs.descending, attrs.dtype)
+    if value.op.name == "relax.flip":
+        return R.flip(x, axis)
+    return getattr(R, value.op.name.removeprefix("relax."))(x, axis, attrs.keepdims)
+
+
+@rule("gather_elements", "scatter_elements", "slice_scatter")
+def by_element(drop: _Drop, value: relax.Call) -> relax.Expr | None:
+    tensors = [a for a in value.args if isinstance(a.ty, relax.TensorType)]
+    rank = len(value.ty.shape.values)
+    axes = fewer(value.attrs.axis, rank)
+    if axes is None or not all(isinstance(t, relax.Var) and t in drop.short for t in tensors):
+        return None
+    x, y, *rest = (drop.short[a] if isinstance(a.ty, relax.TensorType) else a for a in value.args)
+    if value.op.name == "relax.gather_elements":
+        return R.gather_elements(x, y, axes[0])
+    if value.op.name == "relax.scatter_elements":
+        return R.scatter_elements(x, y, rest[0], axes[0], value.attrs.reduction)
+    return R.slice_scatter(x, y, *rest, axis=axes[0])
+
+
+@rule("one_hot")
+@on_short()
+def one_hot(drop, value, x, rank):
+    axes = fewer(value.attrs.axis, rank + 1)
+    return None if axes is None else R.one_hot(x, *value.args[1:], int(value.attrs.depth), axes[0])
+
+
+@rule("tile")
+@on_short()
+def tile(drop, value, x, rank):
+    repeats = [int(r) for r in value.attrs.repeats]
+    return R.tile(x, repeats[1:]) if len(repeats) == rank and repeats[0] == 1 else None
 
 
 @rule("concat", "stack")
