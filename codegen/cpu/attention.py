@@ -196,7 +196,8 @@ class _Attend:
         first = T.max(position - (self.window - 1), T.int32(0)) if self.window else T.int32(0)
         return T.max(first, T.floordiv(position, T.int32(self.chunk)) * self.chunk) if self.chunk else first
 
-    def begin(self, state: "_State", q: Any, sink: Any, row: Any, rows: Any, position: Any, head0: Any, heads_here: Any) -> None:  # fmt: skip
+    def begin(self, state: "_State", q: Any, sink: Any, row: Any, rows: Any, position: Any, head0: Any,
+              heads_here: Any) -> None:  # fmt: skip
         """Queries as float32, ranges of positions, empty sums."""
         cut, v = self.tasks, self.vector
         with loop(0, cut.rows) as r, loop(0, cut.heads) as h:
@@ -290,8 +291,8 @@ class _Attend:
                     v.store(state.sums, v.load(state.sums, [m, i * v.lanes]) * shrink, [m, i * v.lanes])
             v.store(state.total, v.load(state.total, [m, T.int64(0)]) + total, [m, T.int64(0)])
 
-    def values(self, state: "_State", k: Any, values: Any, kv_head: Any, page_of: Callable, lo: Any, hi: Any, start: Any,
-               last: Any, pairs: int) -> None:  # fmt: skip
+    def values(self, state: "_State", k: Any, values: Any, kv_head: Any, page_of: Callable, lo: Any, hi: Any,
+               start: Any, last: Any, pairs: int) -> None:  # fmt: skip
         """state.sums[m] += p . v for the tokens of the pages lo … hi before `last`; m < pairs."""
         lanes = self.target.lanes
 

@@ -1,8 +1,8 @@
 """How weights lie: panels of output columns, one vector lane to a column.
 
 A weight [columns, depth] becomes [panels][depth][vectors][lanes]; bfloat16, [panels][depth/2][vectors][lanes][2], pairs
-of consecutive k in one 32-bit lane. Columns and depth are padded with zeros. With `halves` (a gated activation: the first
-half of the columns are gates, the second half what they gate) a panel holds gates and then their partners.
+of consecutive k in one 32-bit lane. Columns and depth are padded with zeros. With `halves` (a gated activation: the
+first half of the columns are gates, the second half what they gate) a panel holds gates and then their partners.
 """
 
 from dataclasses import dataclass

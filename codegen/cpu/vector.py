@@ -144,7 +144,7 @@ def share_out(items: Any, work: Callable[[Any], None], setup: Callable[[], Any] 
 
 
 def scratch(shape: Sequence[Any], dtype: str = "float32") -> Any:
-    """A buffer of the thread that runs this; sizes may be symbolic."""
+    """A buffer of the thread that runs this; sizes may be symbolic, in the kernel's own symbols only."""
     return T.alloc_buffer(tuple(i64(s) for s in shape), dtype)
 
 
@@ -276,15 +276,15 @@ class Register:
 
     def __init__(self, vector: Vector, value: Any = None):
         self.vector = vector
-        self.buffer = T.alloc_buffer((vector.lanes,), "float32", scope="local")
+        self.buffer = T.alloc_buffer((1,), vector.f32, scope="local")
         if value is not None:
             self.set(value)
 
     def get(self) -> Any:
-        return self.buffer.vload([0], self.vector.f32)
+        return self.buffer[0]
 
     def set(self, value: Any) -> None:
-        self.vector._write(self.buffer, value, [0])
+        T.buffer_store(self.buffer, value, [0])
 
 
 def bits(buffer: Any) -> Any:
@@ -306,7 +306,7 @@ def chunks(size: int, lanes: int) -> list[tuple[int, int]]:
 
 
 def transpose_text(lanes: int) -> str:
-    """LLVM text of llmc_transpose_{lanes}(source, destination, stride): a square of floats with rows and columns swapped.
+    """LLVM text of llmc_transpose_{lanes}(source, destination, stride): a square of floats, its rows made columns.
 
     The source's rows lie together, the destination's `stride` bytes apart. A row is interleaved with the row half the
     square below it, log2(lanes) times over: perfect shuffles, each one or two instructions.

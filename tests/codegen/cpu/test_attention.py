@@ -36,7 +36,7 @@ def tables(batch, seed=0):
 
 
 def paged(values, table, token_last, dtype):
-    """values: for each sequence [length, heads, width] -> pages; slots of no token hold what others left: NaN in page 0."""
+    """values: for each sequence [length, heads, width] -> pages; empty slots hold what others left, NaN in page 0."""
     heads, width = values[0].shape[1:]
     pages = np.full((len(table["kv_indices"]) + 1, heads, PAGE, width), 1e3, np.float32)
     pages[0] = np.nan
@@ -175,7 +175,7 @@ def test_keys_with_tokens_first_are_refused():
     from llmc import targets
     from llmc.codegen.cpu.attention import paged_attention
 
-    with pytest.raises(ValueError, match="expected keys with tokens last.*found keys_token_last=False"):
+    with pytest.raises(ValueError, match=r"expected keys with tokens last.*found keys_token_last=False"):
         paged_attention(targets.detect(), 2, 1, 8, 8, "float32", 16, False, 1.0)
 
 
