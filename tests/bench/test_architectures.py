@@ -120,3 +120,61 @@ def test_table():
     assert "Variants: pass 0, refused 0, wrong 1, error 0." in text
     assert "| llama | pass | 1.0e-06 | not finite |  | 3 |" in text
     assert "| rwkv | refused |  |  | a \\| b | 1 |" in text
+
+
+COVER = {
+    "llama+yarn": "pass",  # rope with an attention factor
+    "gpt2": "pass",  # learned positions, fused projections, tied head
+    "gemma2": "pass",  # windows, soft caps, norms that add one
+    "gemma3": "pass",  # the text half of a checkpoint with pictures
+    "phi3+longrope-long": "pass",  # factors that follow the context
+    "cohere2": "pass",  # layers without rope, parallel blocks
+    "mixtral": "pass",  # experts stored one by one
+    "gpt_oss": "pass",  # experts with biases, sinks
+    "deepseek_v3": "pass",  # latent attention, groups of experts
+    "llama4_text": "pass",  # chunks, a temperature of the position
+    "roberta": "pass",  # positions that begin after the padding's
+    "rwkv": "refused",
+    "bert+encoder": "refused",
+}
+
+
+def expected(name):
+    """What a type must come to: only those that `configs` names may be refused."""
+    refused = {other for names in configs.REFUSED.values() for other in names} | set(configs.UNBUILT)
+    return ("pass", "refused") if name in refused else ("pass",)
+
+
+def judged(name, work, kind="results", **changes):
+    (work / kind).mkdir(exist_ok=True)
+    options = Namespace(jobs=1, timeout=600, mutate=kind == "mutations", **changes)
+    return architectures.run_child(name, work, kind, options)
+
+
+@pytest.mark.parametrize("name", COVER)
+def test_cover(name, tmp_path):
+    result = judged(name, tmp_path)
+    assert result["verdict"] == COVER[name], result
+    if result["verdict"] == "pass":
+        assert set(result["errors"]) == {"ragged", "chunked", "decode"}
+        assert result["bitwise"]
+
+
+def test_planted_faults_are_seen(tmp_path):
+    result = judged("gpt_oss", tmp_path, "mutations")
+    assert result["verdict"] == "pass", result
+    assert set(result["errors"]) == {"layer", "expert", "window", "sinks", "scale"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(configs.names()) - set(COVER)))
+def test_every_type(name, tmp_path):
+    result = judged(name, tmp_path)
+    assert result["verdict"] in expected(name), result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(configs.names()) - {"gpt_oss"}))
+def test_planted_faults_are_seen_in_every_type(name, tmp_path):
+    result = judged(name, tmp_path, "mutations")
+    assert result["verdict"] in expected(name), result
