@@ -9,7 +9,6 @@ environment: $(VENV)/.stamp
 $(VENV)/.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e '.[dev]'
 	$(BIN)/pip install --quiet -e '.[compile,dev]'
 	touch $@
 
@@ -17,7 +16,7 @@ demo: environment
 	$(BIN)/llmc compile tests/data/tiny-python/model.safetensors --target cpu -o build/tiny-python.llmc --overwrite
 	$(BIN)/llmc run build/tiny-python.llmc "def read_lines(path):" --max-tokens 48 --stats
 
-test: environment lint types
+test: environment lint
 	$(BIN)/pytest -n 2 -m 'not slow' -q
 
 test-all: environment lint

@@ -29,8 +29,8 @@ class LowerMatmul:
         y = call_tir(matmul_2048x512, (x, packed))
 
     Keeps: the values, but for the order of sums (float32, in rising k) and for one rounding where a cast of the product
-    to the activations' dtype follows. A weight is packed in the checkpoint's dtype: widening casts in between are dropped.
-    Leaves alone: products of activations, and weights with more than two axes.
+    to the activations' dtype follows. A weight is packed in the checkpoint's dtype: widening casts in between are
+    dropped. Leaves alone: products of activations, and weights with more than two axes.
     """
 
     name: str = "lower_matmul"

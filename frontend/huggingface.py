@@ -205,11 +205,7 @@ def class_of(config) -> tuple[type, Any]:
 def context_of(text, wanted: int | None, first: int = 0) -> tuple[int, list[str]]:
     """The longest sequence to be served, and notes on it; its positions begin at `first`."""
     own = next(
-        (
-            value - first
-            for name in LIMITS
-            if isinstance(value := getattr(text, name, None), int) and value > first
-        ),
+        (value - first for name in LIMITS if isinstance(value := getattr(text, name, None), int) and value > first),
         None,
     )
     if wanted is not None and (not isinstance(wanted, int) or wanted < 1):
