@@ -8,6 +8,7 @@ import importlib.util
 import mmap
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -150,7 +151,8 @@ def _function(machine: Any, target: TargetEntry, name: str) -> Any:
 def _open(library: Path) -> tuple[Any, Any, Any]:
     """-> the library's functions by name, tvm_ffi.from_dlpack, tvm_ffi.convert."""
     os.environ.setdefault("TVM_NUM_THREADS", str(cores()))  # read once, when the pool starts; TVM's default is half
-    tvm_ffi = _import_tvm_ffi()
+    with _Without("torch"):
+        import tvm_ffi  # here, so that `import llmc` stays quick
 
     for name in ("libtvm_runtime", "libtvm_runtime_extra"):
         ctypes.CDLL(str(_runtime_folder() / f"{name}{library.suffix}"), ctypes.RTLD_GLOBAL)
@@ -164,21 +166,25 @@ def _open(library: Path) -> tuple[Any, Any, Any]:
     return machine, tvm_ffi.from_dlpack, tvm_ffi.convert
 
 
-def _import_tvm_ffi() -> Any:
-    """tvm_ffi, here so that `import llmc` stays quick, and without torch, which it would import where it is installed.
+class _Without:
+    """In this block, this thread finds no package of that name unless it is loaded already.
 
-    torch takes seconds and hundreds of megabytes, and nothing here hands over its tensors.
+    tvm_ffi imports torch wherever it is installed, which takes seconds; nothing here needs it.
     """
-    absent = object()
-    torch = sys.modules.get("torch", absent)
-    if torch is absent:
-        sys.modules["torch"] = None  # type: ignore[assignment]  # `import torch` fails while this stands
-    try:
-        import tvm_ffi
-    finally:
-        if torch is absent:
-            del sys.modules["torch"]
-    return tvm_ffi
+
+    def __init__(self, package: str):
+        self._package = package
+
+    def find_spec(self, name: str, path=None, target=None):
+        if name == self._package and threading.get_ident() == self._thread:
+            raise ModuleNotFoundError(f"{name} is not wanted here", name=name)
+
+    def __enter__(self) -> None:
+        self._thread = threading.get_ident()
+        sys.meta_path.insert(0, self)
+
+    def __exit__(self, *_) -> None:
+        sys.meta_path.remove(self)
 
 
 def _runtime_folder() -> Path:
