@@ -71,15 +71,27 @@ class Engine:
             self._thread.join()
 
     def _run(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:  # a fault of the engine's own: whoever waits must hear of it
+            with self._lock:
+                self._closing = True
+            for job in dict.fromkeys([*self._jobs.values(), *self._inbox]):
+                if not job.done:
+                    job.finish(error)
+            raise
+        finally:
+            self.executor.close()
+
+    def _loop(self) -> None:
         while self._ready():
             plan = self._scheduler.schedule()
             try:
                 logits = self._step(plan)
             except Exception as error:
                 self._fail(plan, error)
-                continue
-            self._take(plan, logits)
-        self.executor.close()
+            else:
+                self._take(plan, logits)
 
     def _ready(self) -> bool:
         """Wait until there is something to compute; False when the engine closes."""

@@ -20,6 +20,8 @@ from .dlpack import View
 from .errors import ArtifactError
 from .weights import ALIGNMENT, DTYPES, Weights
 
+_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # mmap.MAP_NORESERVE, which not every Python names
+
 
 class Table(NamedTuple):
     """The page table of one group in one step, int32; lengths count the tokens this step appends.
@@ -100,11 +102,7 @@ class CpuExecutor:
         for tensor in group.tensors:
             shape = (pages, *tensor.shape)
             size = int(np.prod(shape)) * np.dtype(DTYPES[tensor.dtype][1]).itemsize
-            flags = (
-                mmap.MAP_PRIVATE
-                | mmap.MAP_ANONYMOUS
-                | (0x4000 if os.name == "posix" and hasattr(os, "sched_getaffinity") else 0)
-            )  # MAP_NORESERVE
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
             memory = mmap.mmap(-1, max(size, 1), flags=flags)
             self._keep.append(memory)
             tensors.append(self._view(ctypes.addressof(ctypes.c_char.from_buffer(memory)), shape, tensor.dtype))

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def _pages(groups: Sequence[artifact.StateGroup], cache_tokens: int | None) -> l
     if cache_tokens is None:
         per_token = sum(page_bytes(g) / g.page_size for g in groups)
         cache_tokens = int(available_bytes() / 2 / per_token)
-    return [-(-cache_tokens // g.page_size) + 1 for g in groups]
+    return [min(-(-cache_tokens // g.page_size) + 1, (1 << 31) - 1) for g in groups]  # page ids are int32
 
 
 def _eos_token_ids(folder: Path, manifest: artifact.Manifest) -> tuple[int, ...]:
@@ -100,6 +101,7 @@ class Model:
         self.eos_token_ids = eos_token_ids
         self.vocab_size = int(manifest.model["vocab_size"])
         self.max_context = int(manifest.model["max_context"])
+        self._finalizer = weakref.finalize(self, engine.close)  # when nobody has it any more, or at exit
 
     # Generation
 
@@ -169,9 +171,13 @@ class Model:
             context=self.max_context,
             eos_token_ids=self.eos_token_ids,
             detokenizer=detokenizer,
-            wake=self.engine.wake,
+            wake=self._wake,
             listen=listen,
         )
+
+    def _wake(self, request: Request) -> None:
+        """Tell the engine that a request was cancelled. Requests hold on to this, so a running one keeps its model."""
+        self.engine.wake(request)
 
     # Measurement
 
@@ -226,6 +232,7 @@ class Model:
 
     def close(self) -> None:
         """Cancel what runs and let go of the cache and the weights. May be called twice."""
+        self._finalizer()
         self.engine.close()
 
     def __enter__(self) -> "Model":

@@ -1,5 +1,6 @@
 """The engine on the fake model: every answer is that of the sequence by itself, whatever the batch."""
 
+import gc
 import threading
 import time
 
@@ -165,6 +166,28 @@ def test_closing_cancels_what_runs():
     assert model.engine.executor.closed
     with pytest.raises(RuntimeError, match="the model is closed"):
         model.generate([1])
+
+
+def test_a_model_that_nobody_has_is_closed():
+    model = fake_model()
+    engine, request = model.engine, model.submit([1, 2], max_tokens=20)
+    del model
+    assert request.result(10).finish_reason == "length"  # a request keeps its model
+    del request
+    gc.collect()
+    engine._thread.join(10)
+    assert engine.executor.closed
+
+
+def test_a_fault_of_the_engine_reaches_who_waits(monkeypatch):
+    model = fake_model()
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    monkeypatch.setattr(model.engine._scheduler, "advance", lambda plan: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.generate([1, 2])
+    with pytest.raises(RuntimeError, match="the model is closed"):
+        model.generate([1, 2])
+    assert model.engine.executor.closed
 
 
 def test_a_full_context_ends_an_answer():
