@@ -7,9 +7,11 @@ The weights are drawn so that a fault shows: attention is peaked, norms, biases,
 random, and logits spread over several units.
 """
 
+import hashlib
 import json
 import re
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -90,6 +92,12 @@ def spread(want):
     return float(np.sqrt(np.mean((rows - rows.mean(-1, keepdims=True)) ** 2)))
 
 
+def key(name):
+    """What a model of the sweep is made of, in short: its config, its variant, and the code that draws its weights."""
+    parts = [configs.config(name).to_json_string(), repr(configs.variant(name)), Path(__file__).read_text()]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+
+
 def write(name, folder):
     """Save the random model of a type or a variant in `folder`, with transformers' logits of it; returns the facts.
 
@@ -125,6 +133,7 @@ def write(name, folder):
 
     facts = dict(
         name=name,
+        key=key(name),
         architecture=type(model).__name__,
         parameters=sum(weight.numel() for weight in model.parameters()),
         vocab_size=text.vocab_size,

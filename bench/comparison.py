@@ -1,6 +1,7 @@
 """One type of the sweep: save it, compile it, run it in every way, and judge. Runs in a child process of its own."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -138,10 +139,12 @@ def compare(path, folder):
 
 
 def model_folder(name, work):
-    """The folder of a type's model, written if it is not there."""
+    """The folder of a type's model, written if it is not there or is that of another config."""
     folder = work / "models" / name
-    if not (folder / "facts.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
+    facts = folder / "facts.json"
+    if not (facts.exists() and json.loads(facts.read_text()).get("key") == checkpoints.key(name)):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         checkpoints.write(name, folder)
     return folder
 

@@ -1,5 +1,6 @@
 """The judge of the sweep, and the ways in which it runs a model, on an executor made of numpy."""
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,3 +106,13 @@ def test_decoding_ends_with_single_tokens():
     executor = Paged(Group())
     comparison.decoded(comparison.Sequences(executor), [np.arange(9), np.arange(4)])
     assert executor.steps == [[4, 2], [1, 1], [1, 1], [1], [1], [1]]
+
+
+def test_a_model_is_written_anew_when_its_config_changes(monkeypatch, tmp_path):
+    folder = comparison.model_folder("llama", tmp_path)
+    written = (folder / "facts.json").stat().st_mtime_ns
+    assert comparison.model_folder("llama", tmp_path) == folder
+    assert (folder / "facts.json").stat().st_mtime_ns == written
+    monkeypatch.setitem(comparison.configs.OWN, "llama", {"hidden_size": 48})
+    comparison.model_folder("llama", tmp_path)
+    assert json.loads((folder / "config.json").read_text())["hidden_size"] == 48
