@@ -78,6 +78,7 @@ class Rewriter:
         self.old = module[function]
         self.builder = relax.BlockBuilder(module)
         self.new: dict[relax.Var, relax.Expr] = {}
+        self.operand = ""
 
     def run(self, into: str | None = None) -> tvm.IRModule:
         temporary = f"{self.function}_rewritten"
@@ -90,6 +91,7 @@ class Rewriter:
                     if isinstance(b, relax.MatchCast):
                         self.new[b.var] = self.builder.match_cast(self.get(b.value), b.ty)
                     else:
+                        self.operand = f"{b.var.name}_in"
                         self.binding(b.var, b.value)
                 body = self.old.body.body
                 name = body.name if isinstance(body, relax.Var) else ""
@@ -123,7 +125,8 @@ class Rewriter:
         return self.get(body)
 
     def emit(self, value: relax.Expr, name: str = "") -> relax.Var:
-        return self.builder.emit(value, name)
+        """Binds an expression. Without a name it is called after the binding being rewritten (`lv7_in`)."""
+        return self.builder.emit(value, name or self.operand)
 
     def get(self, x: relax.Expr) -> relax.Expr:
         if isinstance(x, relax.Tuple):

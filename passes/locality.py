@@ -41,7 +41,7 @@ from llmc.passes.locality_rules import (
     shape_of,
 )
 
-__all__ = ["UNIFORM", "Analysis", "MixesTokens", "Opaque", "State", "Token", "analyze"]
+__all__ = ["UNIFORM", "Analysis", "MixesTokens", "Opaque", "State", "Token", "analyze", "whereabouts"]
 
 ARITHMETIC = {
     "Add": operator.add,
@@ -223,18 +223,19 @@ class Analysis:
         name = name or type(value).__name__
         return MixesTokens(
             f"expected every token to reach another through a semantic op alone, found {name} ({binding.var.name}, "
-            f"{self.whereabouts(function, binding)}): {why}. Such a program can't serve many sequences at once",
+            f"{whereabouts(function, binding)}): {why}. Such a program can't serve many sequences at once",
             op=name,
         )
 
-    def whereabouts(self, function: relax.Function, binding: relax.Binding) -> str:
-        """The weight that was last used before a binding: layers have no names, weights have."""
-        names = list(function.attrs.get("llmc.weights", [])) if function.attrs else []
-        weights = dict(zip(list(function.params)[len(function.params) - len(names) :], names, strict=True))
-        last = None
-        for b in bindings(function):
-            used = [a for a in b.value.args if isinstance(a, relax.Var)] if isinstance(b.value, relax.Call) else []
-            last = next((weights[a] for a in used if a in weights), last)
-            if b.var.same_as(binding.var):
-                break
-        return f"near weight {last}" if last else "before the first weight"
+
+def whereabouts(function: relax.Function, binding: relax.Binding) -> str:
+    """The weight that was last used before a binding: layers have no names, weights have."""
+    names = list(function.attrs.get("llmc.weights", [])) if function.attrs else []
+    weights = dict(zip(list(function.params)[len(function.params) - len(names) :], names, strict=True))
+    last = None
+    for b in bindings(function):
+        used = [a for a in b.value.args if isinstance(a, relax.Var)] if isinstance(b.value, relax.Call) else []
+        last = next((weights[a] for a in used if a in weights), last)
+        if b.var.same_as(binding.var):
+            break
+    return f"near weight {last}" if last else "before the first weight"
