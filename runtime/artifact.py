@@ -164,7 +164,9 @@ def _build(cls: type, data: Any, where: str, path: str) -> Any:
             if f.default is f.default_factory:  # both MISSING
                 raise wrong(f.name, "a value", None)
             continue
-        value, annotation = data[f.name], str(f.type)
+        value: Any = data[f.name]
+        annotation = str(f.type)
+        kind: Any
         kind, word = (
             (list, "a list") if "tuple[" in annotation else
             (dict, "an object") if "dict[" in annotation or (cls, f.name) in _NESTED else

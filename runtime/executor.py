@@ -37,8 +37,13 @@ class Table(NamedTuple):
 class Executor(Protocol):
     """The compiled functions of a model, called from one thread only. Page 0 of each group is scratch."""
 
-    groups: Sequence[StateGroup]
-    pages: Sequence[int]  # how many pages each group has, scratch page included
+    @property
+    def groups(self) -> Sequence[StateGroup]:
+        """The state groups, in the order of the tables."""
+
+    @property
+    def pages(self) -> Sequence[int]:
+        """How many pages each group has, the scratch page included."""
 
     def embed(self, tokens: np.ndarray) -> Any:
         """tokens [n] i32 -> hidden [n, w], of whatever kind `step` takes."""
@@ -84,9 +89,9 @@ class CpuExecutor:
         self._embed_weights = self._bind(weights, target.functions["embed"].weights)
         self._step_weights = self._bind(weights, target.functions["step"].weights)
         groups = [self._reserve(group, count) for group, count in zip(target.state, pages, strict=True)]
-        self._group_pages = [self._convert(tensors) for tensors in groups]
+        self._group_pages: Any = [self._convert(tensors) for tensors in groups]
         self._all_pages = self._convert([tensor for tensors in groups for tensor in tensors])
-        self._copies = [_function(machine, target, f"copy_pages_{i}") for i in range(len(target.state))]
+        self._copies: Any = [_function(machine, target, f"copy_pages_{i}") for i in range(len(target.state))]
         self._first_row = aligned(1)
 
     def _view(self, array_or_address: Any, shape: Sequence[int], dtype: str) -> Any:

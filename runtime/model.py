@@ -105,7 +105,7 @@ class Model:
 
     # Generation
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], **sampling: Any) -> Completion | list[Completion]:
+    def generate(self, prompts: Any, **sampling: Any) -> Any:
         """One prompt -> Completion; a list of prompts -> list of Completions in that order, computed together.
 
         A prompt is a str, a list of token ids, or a list of {"role", "content"} messages (one chat). Sampling
@@ -187,7 +187,7 @@ class Model:
         self.engine.submit(*jobs)
         return self._all(jobs)
 
-    def score(self, texts_or_ids: Prompt | Sequence[Prompt]) -> list[np.ndarray]:
+    def score(self, texts_or_ids: Any) -> list[np.ndarray]:
         """Log-probability of every token but the first, given those before it -> float64 arrays [n_i - 1]."""
         several = [texts_or_ids] if _is_prompt(texts_or_ids) else texts_or_ids
         jobs = [Scores(self._tokens(one, True)) for one in several]
@@ -210,8 +210,9 @@ class Model:
         if isinstance(prompt, str):
             tokens = np.asarray(self._need_tokenizer("text").encode(prompt, add_special_tokens), np.int64)
         elif _is_chat(prompt):
-            text = self._need_tokenizer("a chat").apply_chat_template(prompt)
-            tokens = np.asarray(self.tokenizer.encode(text, add_special_tokens=False), np.int64)
+            tokenizer = self._need_tokenizer("a chat")
+            text = tokenizer.apply_chat_template(prompt)
+            tokens = np.asarray(tokenizer.encode(text, add_special_tokens=False), np.int64)
         else:
             tokens = _ids(prompt)
         if not len(tokens):

@@ -96,8 +96,8 @@ class Request(Job):
         self._listen = listen or self._chunks.put
         self._texts: list[str] = []
         self._ids: list[int] = []
-        self._logprobs: list[TokenLogprob] | None = None if sampling.logprobs is None else []
-        self._reason: str | None = None
+        self._logprobs: list[TokenLogprob] = []
+        self._reason = ""  # until it has one
 
     def accept(self, logits: np.ndarray) -> bool:
         sequence, sampling = self.sequence, self.sampling
@@ -113,24 +113,22 @@ class Request(Job):
             text = self._detokenizer.push(token, may_stop=len(self._ids) > sampling.min_tokens)
             if self._detokenizer.stopped:
                 self._reason = "stop"
-        if self._reason is None and (len(self._ids) == sampling.max_tokens or sequence.length == sequence.limit):
+        if not self._reason and (len(self._ids) == sampling.max_tokens or sequence.length == sequence.limit):
             self._reason = "length"
-        if self._reason is None:
+        if not self._reason:
             sequence.buffer[sequence.length] = token
             sequence.length += 1
         elif self._detokenizer is not None:
             text += self._detokenizer.flush()
         if text:
             self._texts.append(text)
-        logprobs = None
         if logprob is not None:
-            logprobs = [logprob]
             self._logprobs.append(logprob)
-        self._listen(Chunk(text, [token], self._reason, logprobs))
-        return self._reason is not None
+        self._listen(Chunk(text, [token], self._reason or None, None if logprob is None else [logprob]))
+        return bool(self._reason)
 
     def finish(self, error: BaseException | None = None) -> None:
-        if self._reason is None and error is None:
+        if not self._reason and error is None:
             self._reason = "cancelled"
             text = self._detokenizer.flush() if self._detokenizer is not None else ""
             self._texts.append(text)
@@ -153,7 +151,8 @@ class Request(Job):
             "total_tokens": total,
             "cached_tokens": self.sequence.reused or 0,
         }
-        return Completion("".join(self._texts), list(self._ids), self._reason, self._logprobs, usage)
+        logprobs = None if self.sampling.logprobs is None else list(self._logprobs)
+        return Completion("".join(self._texts), list(self._ids), self._reason, logprobs, usage)
 
     def __iter__(self) -> Iterator[Chunk]:
         """The chunks from here on; one iterator a request. Raises what went wrong after the last."""

@@ -3,7 +3,7 @@
 import math
 import numbers
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -48,8 +48,8 @@ class Sampling:
     def __post_init__(self):
         """Raises RequestError naming the parameter, what it may be, and what was found."""
         put = object.__setattr__
-        for name, low in (("max_tokens", 1), ("min_tokens", 0), ("top_k", -1)):
-            put(self, name, _integer(name, getattr(self, name), low))
+        for name, least in (("max_tokens", 1), ("min_tokens", 0), ("top_k", -1)):
+            put(self, name, _integer(name, getattr(self, name), least))
         put(self, "top_k", max(self.top_k, 0))  # -1 is vLLM's word for no limit
         for name, low, high, what in _RANGES:
             put(self, name, _number(name, getattr(self, name), low, high, what))
@@ -122,7 +122,7 @@ def _sequence(name: str, value: Any, what: str) -> Sequence:
 class Sampler:
     """Chooses the tokens of one request. Keeps what its penalties need to know of the tokens so far."""
 
-    def __init__(self, sampling: Sampling, prompt: np.ndarray, hidden: Sequence[int]):
+    def __init__(self, sampling: Sampling, prompt: np.ndarray, hidden: Collection[int]):
         """prompt [n] i32; hidden: the token ids that can't be chosen before min_tokens (those that end the answer)."""
         self.sampling = sampling
         self.seed = int.from_bytes(os.urandom(8), "little") if sampling.seed is None else sampling.seed

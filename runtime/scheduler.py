@@ -26,7 +26,7 @@ class Sequence:
         self.buffer[: self.length] = tokens
         self.limit = limit
         self.every_row = every_row
-        self.holding: Holding | None = None
+        self.holding: Holding = None  # type: ignore[assignment]  # it has one while it runs
         self.reused: int | None = None  # tokens found computed when it was first admitted
 
 
@@ -159,4 +159,4 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self.pages.close(sequence.holding, sequence.buffer)
-        sequence.holding = None
+        sequence.holding = None  # type: ignore[assignment]

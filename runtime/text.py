@@ -134,7 +134,9 @@ class ChatTemplate:
         thread.start()
         thread.join(self._seconds)
         if thread.is_alive():
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(TimeoutError))
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(thread.ident or 0), ctypes.py_object(TimeoutError)
+            )
             raise RequestError(f"the model's chat template took longer than {self._seconds} s; it was stopped")
         if isinstance(result[0], BaseException):
             raise RequestError(f"the model's chat template refuses these messages: {result[0]}") from result[0]

@@ -109,7 +109,7 @@ class WeightsWriter:
     def done(self, name: str) -> str:
         """Hash a tensor that is filled; -> its sha256."""
         array = self[name]
-        self._hashes[name] = hashlib.sha256(array.reshape(-1).view(np.uint8)).hexdigest()
+        self._hashes[name] = hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
         if isinstance(array, np.memmap):
             array.flush()
         return self._hashes[name]
