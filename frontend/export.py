@@ -45,6 +45,7 @@ HARMLESS = {
     "cache_position",
     "deterministic",
     "is_causal",
+    "logits_to_keep",
     "output_attentions",
     "output_hidden_states",
     "output_router_logits",

@@ -8,6 +8,7 @@ stored in, cast to the dtype the model computes in.
 import functools
 import operator
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,21 @@ from tvm.relax.frontend.torch import exported_program_translator as translator
 from llmc.ir import ops
 from llmc.ir.errors import SourceError
 
+# PyTorch spells some operators twice.
+ALIASES = {
+    "multiply": "mul",
+    "subtract": "sub",
+    "divide": "div",
+    "greater": "gt",
+    "greater_equal": "ge",
+    "less": "lt",
+    "less_equal": "le",
+    "not_equal": "ne",
+    "absolute": "abs",
+    "negative": "neg",
+    "concatenate": "cat",
+    "clip": "clamp",
+}
 CHECKS = ("_assert_tensor_metadata.default", "_assert_scalar.default", "_assert_async.msg", "_assert_async.default")
 
 
@@ -74,6 +90,11 @@ class Importer(translator.ExportedProgramImporter):
     def __init__(self, program, names, dtypes):
         super().__init__()
         self.program, self.names, self.dtypes = program, names, dtypes
+        self._numbers: dict[fx.Node, Any] = {}  # values of nodes that depend on no input, None of others
+        for node in program.graph.nodes:
+            untranslated = node.op == "call_function" and node.target.__name__ not in self.convert_map
+            if untranslated and self._number(node) is not None:
+                self.convert_map[node.target.__name__] = self.convert_number
 
     def missing(self) -> list[str]:
         """The operators of the program that have no translation."""
@@ -88,6 +109,29 @@ class Importer(translator.ExportedProgramImporter):
         module = self.from_exported_program(self.program, True, True, False, {})
         module["main"] = module["main"].without_attr("params")
         return module
+
+    # Operators without a translation whose inputs are numbers: PyTorch computes them now.
+
+    def _number(self, node: fx.Node):
+        """The value of a node that depends on buffers and constants alone, as PyTorch gives it; None of others."""
+        if node not in self._numbers:
+            self._numbers[node] = None
+            if node.op == "placeholder":
+                target = {s.arg.name: s.target for s in self.program.graph_signature.input_specs}[node.name]
+                constants = {**self.program.constants, **dict(self.program.named_buffers())}
+                self._numbers[node] = constants.get(target)
+            elif node.op == "call_function" and all(self._number(n) is not None for n in node.all_input_nodes):
+                args, kwargs = fx.map_arg((node.args, node.kwargs), self._number)
+                self._numbers[node] = node.target(*args, **kwargs)
+        return self._numbers[node]
+
+    def convert_number(self, node):
+        value = self._number(node)
+        if value is None:
+            raise SourceError(f"expected PyTorch operators with a translation, found {node.target.__name__}")
+        several = isinstance(value, (list, tuple))
+        values = [self.emit(relax.const(v.numpy(), dtype_name(v.dtype))) for v in (value if several else [value])]
+        return values if several else values[0]
 
     # Weights: one parameter each, in the dtype they are stored in.
 
@@ -135,7 +179,7 @@ class Importer(translator.ExportedProgramImporter):
 
     def create_convert_map(self):
         table = super().create_convert_map()
-        self._plain = {k: table[k] for k in ("mul.Tensor", "to.dtype_layout", "_to_copy.default")}
+        self._plain = {k: table[k] for k in ("mul.Tensor", "to.dtype_layout", "_to_copy.default", "index_put.default")}
         table |= {
             "attention.default": self.convert_attention,
             "expert_linear.default": self.convert_expert_linear,
@@ -157,6 +201,11 @@ class Importer(translator.ExportedProgramImporter):
             "layer_norm.default": self.convert_layer_norm,
             "rms_norm.default": self.convert_rms_norm,
             "select_scatter.default": self.convert_select_scatter,
+            "index_put.default": self.convert_index_put,
+            "where.ScalarSelf": self.convert_where,
+            "where.ScalarOther": self.convert_where,
+            "where.Scalar": self.convert_where,
+            "std.dim": self.convert_std,
             "polar.default": self.convert_polar,
             "mul.Tensor": self.convert_mul,
             "to.dtype_layout": self.convert_to,
@@ -166,6 +215,9 @@ class Importer(translator.ExportedProgramImporter):
             "sym_min": lambda node: tirx.min(*self.retrieve_args(node)),
             "sym_max": lambda node: tirx.max(*self.retrieve_args(node)),
         }
+        spelled = {name: name.split(".", 1) for name in table if "." in name}
+        for alias, name in ALIASES.items():
+            table |= {f"{alias}.{kind}": table[f"{op}.{kind}"] for op, kind in spelled.values() if op == name}
         return {name: self._checked(convert) for name, convert in table.items()}
 
     def _checked(self, convert):
@@ -306,6 +358,34 @@ class Importer(translator.ExportedProgramImporter):
         if a["weight"] is not None:
             y = self.emit(R.multiply(y, self._cast(a["weight"], "float32")))
         return self._cast(y, a["input"].ty.dtype)
+
+    def convert_index_put(self, node):
+        """x[mask] = number is where(mask, number, x): TVM's takes integers for indices only."""
+        a = self._arguments(node)
+        x, indices, values = a["self"], a["indices"], a["values"]
+        if not any(i is not None and i.ty.dtype == "bool" for i in indices):
+            return self._plain["index_put.default"](node)
+        if len(indices) > 1 or values.ty.ndim or a["accumulate"]:
+            raise SourceError(f"index_put ({node.name}): expected one mask and one number, found more: not supported")
+        mask = indices[0]
+        for _ in range(x.ty.ndim - mask.ty.ndim):
+            mask = self.emit(R.expand_dims(mask, -1))
+        return self.emit(R.where(mask, values, x))
+
+    def convert_where(self, node):
+        a = self._arguments(node)
+        dtype = dtype_name(node.meta["val"].dtype)
+        sides = [
+            self._cast(a[side], dtype) if isinstance(a[side], relax.Expr) else relax.const(a[side], dtype)
+            for side in ("self", "other")
+        ]
+        return self.emit(R.where(a["condition"], *sides))
+
+    def convert_std(self, node):
+        a = self._arguments(node)
+        if a["unbiased"]:
+            raise SourceError(f"std ({node.name}): expected the biased estimate, found the unbiased one: not supported")
+        return self.emit(R.std(a["self"], a["dim"], a["keepdim"]))
 
     def convert_select_scatter(self, node):
         a = self._arguments(node)
