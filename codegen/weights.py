@@ -147,7 +147,7 @@ class Recipe:
                 return relax.Tuple([open(f) for f in a.fields])
             if isinstance(a, relax.Var) and not isinstance(a.ty, relax.TupleType):
                 params.append(relax.Var(f"x{len(params)}", a.ty))
-                args.append(np.ascontiguousarray(_numbers(self.whole(a), _type(a)[1])))
+                args.append(np.asarray(_numbers(self.whole(a), _type(a)[1]), order="C"))  # keeps no axes as they are
                 return params[-1]
             return a
 

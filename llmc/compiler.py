@@ -240,7 +240,7 @@ def _weights(work: Work, programs: list[Program], sources, report: Progress) -> 
     with artifact.WeightsWriter(work.folder / "weights.safetensors", shapes, finished=work.tensors) as writer:
         for name, recipe in recipes.items():
             if name not in work.tensors:
-                into, at = writer[name], 0
+                into, at = writer[name].reshape(recipe.shape or (1,)), 0  # a number is written as one row
                 for rows in recipe.slices():
                     into[at : at + len(rows)] = rows.view(into.dtype)
                     at += len(rows)

@@ -93,3 +93,11 @@ def test_a_source_that_is_missing_or_other_is_named():
         Recipe(made, {})
     with pytest.raises(CompileError, match=r"weight 'a': expected bfloat16 \[6, 8\], found bfloat16 \[10, 8\]"):
         Recipe(made, {"a": Array(B)})
+
+
+def test_a_source_may_be_a_number():
+    """Weights without axes (xIELU's) stay without: a row more would be another shape for what follows."""
+    number = np.array(0.5, np.float32)
+    made = recipe(lambda emit, a: R.reshape(emit(R.exp(a)), [1]), a=number)
+    (found,) = Recipe(made, {"a": Array(number)}).slices()
+    assert found.tolist() == [np.exp(np.float32(0.5))]
