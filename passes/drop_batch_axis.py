@@ -155,9 +155,17 @@ def reshape(drop: _Drop, value: relax.Call) -> relax.Expr:
 
 
 @rule("broadcast_to")
-@on_short()
-def broadcast_to(drop, value, x, rank):
-    return R.broadcast_to(x, tail(value.ty))
+def broadcast_to(drop: _Drop, value: relax.Call) -> relax.Expr | None:
+    x = value.args[0]
+    if isinstance(x, relax.Var) and x in drop.short:
+        return R.broadcast_to(drop.short[x], tail(value.ty))
+    return R.broadcast_to(drop.get(x), tail(value.ty)) if len(x.ty.shape.values) < len(value.ty.shape.values) else None
+
+
+@rule("zeros", "ones", "full")
+def create(drop: _Drop, value: relax.Call) -> relax.Expr:
+    created = getattr(R, value.op.name.removeprefix("relax."))
+    return created(tail(value.ty), *map(drop.get, value.args[1:]), value.ty.dtype)
 
 
 @rule("permute_dims")

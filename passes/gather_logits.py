@@ -87,7 +87,7 @@ class _Gatherer(Rewriter):
         if not isinstance(x, relax.Var) or not self.mentions_n(x.ty):
             return self.get(x)
         if x not in self.gathered:
-            self.gathered[x] = self.emit(self.gather(x))
+            self.gathered[x] = self.emit(self.gather(x), x.name)
         return self.gathered[x]
 
     def gather(self, x: relax.Var) -> relax.Expr:
