@@ -10,7 +10,7 @@ from tvm import relax, tirx
 
 from llmc.ir.rewrite import Rewriter
 
-from .copy_pages import copy_pages
+from .cpu.append import copy_pages
 
 __all__ = ["AddCopyPages", "BundleArguments"]
 
@@ -85,7 +85,8 @@ class AddCopyPages:
                 with builder.dataflow():
                     done = []
                     for i, (tensor, ty) in enumerate(zip(group["tensors"], types, strict=True)):
-                        kernel = builder.add_func(copy_pages(tuple(tensor["shape"]), tensor["dtype"]), "copy_pages")
+                        kernel = copy_pages(goal.target, tuple(tensor["shape"]), tensor["dtype"])
+                        kernel = builder.add_func(kernel.without_attr("global_symbol"), "copy_pages")
                         pool = builder.emit(relax.TupleGetItem(pages, i))
                         done.append(builder.emit(relax.op.call_tir_inplace(kernel, [pool, source, target], 0, ty)))
                     out = builder.emit_output(relax.Tuple(done))

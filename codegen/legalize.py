@@ -12,7 +12,7 @@ __all__ = ["Legalize"]
 
 @dataclass(frozen=True)
 class Legalize:
-    """Ops that are left become PrimFuncs, neighbours are fused.
+    """Ops that are left become PrimFuncs, neighbours are fused; semantic ops without a kernel become their bodies.
 
         y = add(x, x); z = exp(y)   ->   z = call_tir(fused_add_exp, (x,))
 
@@ -25,9 +25,10 @@ class Legalize:
         with tvm.target.Target(goal.target.llvm()):
             return tvm.transform.Sequential(
                 [
+                    relax.transform.InlinePrivateFunctions(),
                     relax.backend.DispatchSampling(),
                     relax.backend.DispatchSortScan(),
-                    relax.transform.LegalizeOps(),
+                    relax.transform.LegalizeOps(skip_ops=["relax.reshape"]),  # a view
                     relax.transform.AnnotateTIROpPattern(),
                     relax.transform.FoldConstant(),
                     relax.transform.FuseOps(),

@@ -50,7 +50,6 @@ def _plan(module: tvm.IRModule) -> tvm.IRModule:
     """Calls with results in allocated memory, planned so that buffers are shared."""
     return tvm.transform.Sequential(
         [
-            relax.transform.RewriteDataflowReshape(),
             relax.transform.ToNonDataflow(),
             relax.transform.RemovePurityChecking(),
             relax.transform.CallTIRRewrite(),

@@ -12,11 +12,9 @@ from llmc.ir.rewrite import Rewriter, bindings, op_name
 
 from .cpu.matmul import matmul
 from .cpu.pack import Panels, panels
-from .weight_only import WeightOnly, substitute, variables
+from .weight_only import FLOATS, WeightOnly, transposed_rows, variables
 
 __all__ = ["LowerMatmul", "pack"]
-
-FLOATS = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -59,9 +57,7 @@ class _Lower(Rewriter):
             return self.again(value)
         x, w = value.args
         depth, columns = (int(d) for d in w.ty.shape)
-        rows = self._narrow(w)
-        if rows is None:
-            return self.again(value)
+        rows = transposed_rows(self, self.known, w)
         x = self.get(x)
         weight = str(rows.ty.dtype)
         activation = "bfloat16" if str(x.ty.dtype) == "bfloat16" else "float32"
@@ -107,44 +103,6 @@ class _Lower(Rewriter):
             self.folded.add(user)
             return str(user.ty.dtype)
         return "bfloat16" if str(var.ty.dtype) == "bfloat16" else "float32"
-
-    def _narrow(self, w):
-        """The weight as rows [columns, depth], in the dtype that the checkpoint has; None where that is no float."""
-        transposed = self.emit(R.permute_dims(self._without_casts(w), [1, 0]))
-        return transposed if str(transposed.ty.dtype) in FLOATS else None
-
-    def _without_casts(self, w):
-        """w over its sources without widening casts, where that gives one float dtype; w as it is where it does not."""
-        moves = {"permute_dims", "reshape", "concat", "expand_dims", "squeeze", "strided_slice", "split", "astype"}
-        made: dict = {}
-
-        def visit(x):
-            if x in self.known.sources:
-                return self.get(x)
-            if x in made:
-                return made[x]
-            value = self.known.values[x]
-            if isinstance(value, relax.Call) and op_name(value) not in moves:
-                return None
-            inner = {a: visit(a) for a in variables(value)}
-            if any(v is None for v in inner.values()):
-                return None
-            if op_name(value) == "astype":
-                made[x] = inner[value.args[0]]
-            elif len({str(v.ty.dtype) for v in inner.values() if isinstance(v.ty, relax.TensorType)}) > 1:
-                return None
-            else:
-                made[x] = self.emit(substitute(value, inner))
-            return made[x]
-
-        bare = visit(w)
-        if bare is None or _width(bare) >= _width(w) or str(bare.ty.dtype) not in FLOATS:
-            return self.get(w)
-        return bare
-
-
-def _width(x) -> int:
-    return tvm.DataType(str(x.ty.dtype)).bits
 
 
 def pack(emit, rows: relax.Expr, layout: Panels) -> relax.Expr:

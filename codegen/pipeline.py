@@ -12,9 +12,13 @@ from llmc.ir.errors import CompileError
 from llmc.ir.kernels_form import check_kernels
 
 from .bundle_arguments import AddCopyPages, BundleArguments
+from .fuse_rows import FuseRows
 from .legalize import Legalize
 from .lift_weights import RECIPES, LiftWeights
+from .lower_embedding import LowerEmbedding
+from .lower_experts import LowerExperts
 from .lower_matmul import LowerMatmul
+from .lower_pages import LowerPages
 
 __all__ = ["KERNELS", "Lowered", "lower", "lowered"]
 
@@ -31,8 +35,12 @@ class Stage:
 KERNELS = Stage(
     "kernels",
     (
+        LowerEmbedding(),
         LowerMatmul(),
+        LowerExperts(),
+        LowerPages(),
         LiftWeights(),
+        FuseRows(),
         AddCopyPages(),
         BundleArguments(),
         Legalize(),

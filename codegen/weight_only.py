@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import tvm
 from tvm import relax
 
 from llmc.ir.rewrite import bindings, op_name
 
-__all__ = ["WeightOnly", "leaves", "substitute", "variables"]
+__all__ = ["FLOATS", "WeightOnly", "leaves", "narrowed", "substitute", "transposed_rows", "variables"]
+
+FLOATS = ("float32", "float16", "bfloat16")
+# Ops that only move numbers: a cast may as well come after them.
+MOVES = {"permute_dims", "reshape", "concat", "expand_dims", "squeeze", "strided_slice", "split", "astype"}
 
 # Ops whose result is larger than what they read: cheaper to repeat in a kernel than to store.
 GROWS = {"broadcast_to", "repeat", "tile", "zeros", "ones", "full", "one_hot"}
@@ -41,6 +46,49 @@ class WeightOnly:
             worth = isinstance(value, (relax.TupleGetItem, relax.Var, relax.Tuple))
         found = variables(value)
         return worth and bool(found) and all(x in self for x in found)
+
+
+def narrowed(rewriter, known: WeightOnly, w: relax.Expr) -> relax.Expr:
+    """A weight-only value without its widening casts, where that gives one dtype of floats; else as it is.
+
+    rewriter: an llmc.ir.rewrite.Rewriter over the function that `known` is of.
+    """
+    made: dict = {}
+
+    def visit(x):
+        if x in known.sources:
+            return rewriter.get(x)
+        if x not in made:
+            value = known.values[x]
+            if isinstance(value, relax.Call) and op_name(value) not in MOVES:
+                raise LookupError
+            inner = {a: visit(a) for a in variables(value)}
+            if op_name(value) == "astype":
+                made[x] = inner[value.args[0]]
+            elif len({str(v.ty.dtype) for v in inner.values() if isinstance(v.ty, relax.TensorType)}) > 1:
+                raise LookupError
+            else:
+                made[x] = rewriter.emit(substitute(value, inner))
+        return made[x]
+
+    try:
+        bare = visit(w)
+    except LookupError:
+        return rewriter.get(w)
+    widths = [tvm.DataType(str(x.ty.dtype)).bits for x in (bare, w)]
+    return bare if widths[0] < widths[1] and str(bare.ty.dtype) in FLOATS else rewriter.get(w)
+
+
+def transposed_rows(rewriter, known: WeightOnly, w: relax.Expr) -> relax.Expr:
+    """w [..., depth, columns] as rows [..., columns, depth], narrowed; of a transposed weight, the weight itself."""
+    rank = len(w.ty.shape)
+    axes = [*range(rank - 2), rank - 1, rank - 2]
+    defined = known.definition(w)
+    if op_name(defined) == "permute_dims":
+        own = defined.attrs.axes
+        if (list(range(rank))[::-1] if own is None else [int(a) % rank for a in own]) == axes:
+            return narrowed(rewriter, known, defined.args[0])
+    return rewriter.emit(relax.op.permute_dims(narrowed(rewriter, known, w), axes))
 
 
 def leaves(args):

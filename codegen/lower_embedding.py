@@ -1,0 +1,84 @@
+"""Rows of an embedding: cast after they are taken, and taken from the head's panels where both are one weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tvm
+from tvm import relax
+from tvm.relax import op as R
+
+from llmc.ir.rewrite import Rewriter, bindings, op_name
+
+from .cpu.gather import take
+from .cpu.pack import panels
+from .lower_matmul import pack
+from .weight_only import FLOATS, WeightOnly
+
+__all__ = ["LowerEmbedding"]
+
+
+@dataclass(frozen=True)
+class LowerEmbedding:
+    """take(astype(w, d), ids) becomes astype(take(w, ids), d); a w that a product packs is taken from its panels.
+
+        x = take(astype(w, "float32"), ids); ... y = matmul(h, permute_dims(astype(w, "float32")))
+        -> x = call_tir(take, (packed, ids)), packed as LowerMatmul packs it: stored once
+
+    Keeps: the values, bit for bit. Leaves alone: tables made of anything else than a weight and casts.
+    """
+
+    name: str = "lower_embedding"
+
+    def run(self, module: tvm.IRModule, goal) -> tvm.IRModule:
+        packed = set().union(*(_multiplied(module[f]) for f in ("embed", "step")))
+        for function in ("embed", "step"):
+            module = _Lower(module, function, goal.target, packed).run()
+        return module
+
+
+def _multiplied(function: relax.Function) -> set[str]:
+    """Names of the weights [rows, depth] that a product of the function multiplies with, as they are."""
+    known, found = WeightOnly(function), set()
+    for b in bindings(function):
+        if op_name(b.value) == "matmul" and b.value.args[1] in known and b.value.args[0] not in known:
+            x, moves = b.value.args[1], []
+            while op_name(known.definition(x)) in ("astype", "permute_dims"):
+                value = known.definition(x)
+                moves.append(op_name(value))
+                x = value.args[0]
+            if known.definition(x) in known.sources and moves.count("permute_dims") == 1 and len(x.ty.shape) == 2:
+                found.add(known.sources[known.definition(x)])
+    return found
+
+
+class _Lower(Rewriter):
+    def __init__(self, module, function, target, packed):
+        super().__init__(module, function)
+        self.known, self.target, self.packed = WeightOnly(self.old), target, packed
+
+    def rewrite(self, var, value):
+        if op_name(value) != "take" or value.args[0] not in self.known or value.args[1] in self.known:
+            return self.again(value)
+        table, ids = self.known.definition(value.args[0]), value.args[1]
+        while op_name(table) == "astype":
+            table = self.known.definition(table.args[0])
+        if table not in self.known.sources:
+            return self.again(value)
+        wanted, dtype = str(var.ty.dtype), str(table.ty.dtype)
+        if self._from_panels(table, value):
+            rows, depth = (int(d) for d in table.ty.shape)
+            out = "bfloat16" if wanted == "bfloat16" else "float32"
+            kernel = take(self.target, rows, depth, weight=dtype, out=out, packed=True, ids=str(ids.ty.dtype))
+            kernel = self.builder.add_func(kernel.without_attr("global_symbol"), "take_packed")
+            packed = pack(self.emit, self.get(table), panels(self.target, rows, depth, dtype))
+            taken = R.call_tir(kernel, [packed, self.get(ids)], relax.TensorType(var.ty.shape, out))
+            dtype = out
+        else:
+            taken = relax.Call(value.op, [self.get(table), self.get(ids)], value.attrs, value.ty_args)
+        return taken if dtype == wanted else R.astype(self.emit(taken), wanted)
+
+    def _from_panels(self, table, value) -> bool:
+        rank = len(value.args[1].ty.shape)
+        by_row = value.attrs.axis is not None and int(value.attrs.axis) == 0
+        return self.known.sources[table] in self.packed and by_row and rank == 1 and str(table.ty.dtype) in FLOATS

@@ -1,0 +1,76 @@
+"""Products with a weight that an index picks become kernels over packed experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tvm
+from tvm import relax
+from tvm.relax import op as R
+
+from llmc.ir.ops import attributes_of, op_of
+from llmc.ir.rewrite import Rewriter
+
+from .cpu.experts import expert_linear
+from .cpu.matmul import Epilogue
+from .cpu.pack import panels
+from .lower_matmul import pack
+from .weight_only import FLOATS, WeightOnly, narrowed, transposed_rows
+
+__all__ = ["LowerExperts"]
+
+
+@dataclass(frozen=True)
+class LowerExperts:
+    """expert_linear(x, w, ids, bias) with a weight-only w becomes a call of the kernel for its shape.
+
+        y = expert_linear(x [s, i], w [e, o, i], ids [s])
+        -> y = call_tir(expert_linear_8x512x256, (x, packed, ids))      packed: weight-only, expert after expert
+
+    Keeps: the values, but for the order of sums. The experts that no row picked are not read.
+    """
+
+    name: str = "lower_experts"
+
+    def run(self, module: tvm.IRModule, goal) -> tvm.IRModule:
+        return _Lower(module, "step", goal.target).run()
+
+
+class _Lower(Rewriter):
+    def __init__(self, module, function, target):
+        super().__init__(module, function)
+        self.target, self.known = target, WeightOnly(self.old)
+
+    def rewrite(self, var, value):
+        if op_of(self.module, value) != "expert_linear":
+            return self.again(value)
+        x, w, ids, *bias = value.args
+        if w not in self.known or any(str(a.ty.dtype) not in FLOATS for a in (x, w)):
+            return self.again(value)
+        if attributes_of(self.module, value)["transposed"]:
+            rows = transposed_rows(self, self.known, w)
+        else:
+            rows = narrowed(self, self.known, w)
+        experts, columns, depth = (int(d) for d in rows.ty.shape)
+        weight, wanted = str(rows.ty.dtype), str(var.ty.dtype)
+        activation = "bfloat16" if str(x.ty.dtype) == "bfloat16" else "float32"
+        bias = [self.get(b) for b in bias]
+        kernel = expert_linear(
+            self.target,
+            experts,
+            columns,
+            depth,
+            weight=weight,
+            activation=activation,
+            out=activation,
+            ids=str(ids.ty.dtype),
+            epilogue=Epilogue(bias=str(bias[0].ty.dtype) if bias else None),
+        )
+        name = f"expert_linear_{experts}x{columns}x{depth}"
+        kernel = self.builder.add_func(kernel.without_attr("global_symbol"), name)
+        packed = pack(self.emit, rows, panels(self.target, columns, depth, weight))
+        x = self.get(x)
+        if str(x.ty.dtype) != activation:
+            x = self.emit(R.astype(x, activation))
+        y = R.call_tir(kernel, [x, packed, self.get(ids), *bias], relax.TensorType(var.ty.shape, activation))
+        return y if activation == wanted else R.astype(self.emit(y), wanted)

@@ -1,0 +1,1 @@
+"""One token's work between the matrix products and attention: as values, as statements, as a kernel."""

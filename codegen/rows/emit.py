@@ -1,0 +1,493 @@
+"""A program of one token's values as a kernel: tokens shared out over the threads, rows in full vectors.
+
+What a token's numbers are never depends on how many tokens there are: every sum is taken in an order that its length
+alone decides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import tvm
+from tvm.tirx.script import builder as T
+
+from llmc.targets import CpuTarget
+
+from ..cpu.functions import FUNCTIONS
+from ..cpu.vector import Vector, choose, kernel, loop, scratch, share_out, variable, when
+from . import values as V
+from .program import Gather, Program, Reduce, Scan, Scatter, Store, TopK
+from .values import Affine, Apply, Memory, Scalar, Slot, Value
+
+__all__ = ["row_kernel"]
+
+SERIAL = 1 << 15  # elements of work that one thread does sooner than others wake up
+DRAW = 1 << 14  # elements of work that a thread takes at once
+
+_COMPARE = {
+    "equal": lambda a, b: a == b,
+    "not_equal": lambda a, b: a != b,
+    "less": lambda a, b: a < b,
+    "less_equal": lambda a, b: a <= b,
+    "greater": lambda a, b: a > b,
+    "greater_equal": lambda a, b: a >= b,
+}
+_SCALAR = {"log": T.log, "tan": T.tan, "power": T.pow, "nn.softplus": lambda x: T.log1p(T.exp(x)), "round": T.round}
+_SCALAR |= {"isfinite": T.isfinite, "isinf": T.isinf, "isnan": T.isnan}
+
+
+def row_kernel(
+    program: Program, name: str, params: Sequence[tuple[str, Sequence[int | str], str]], target: CpuTarget
+) -> tvm.tirx.PrimFunc:
+    """The PrimFunc of a program. params: name, shape (a str is a symbolic dimension) and dtype of every input, then of
+    every output. The number of tokens is the symbol "n"."""
+
+    def body(symbols: dict, *buffers: Any) -> None:
+        flat = {}
+        count = len(program.inputs)
+        for i, buffer in enumerate(buffers):
+            total = T.int64(1)
+            for d in buffer.shape:
+                total = total * d
+            dtype = "uint16" if buffer.dtype == "bfloat16" else buffer.dtype
+            kind, number = ("input", i) if i < count else ("output", i - count)
+            flat[kind, number] = T.decl_buffer((total,), dtype, data=buffer.data)
+        _Emit(program, flat, target).tokens(symbols["n"])
+
+    return kernel(name, params, body, target)
+
+
+def work(program: Program) -> int:
+    """Instructions for a token, in elements of a cheap statement."""
+    total = 0
+    for s in program.statements:
+        if isinstance(s, TopK):
+            total += s.k * s.value.size * 4
+        else:
+            value = getattr(s, "value", None) or s.update
+            total += value.size * (2 + V.cost(value) // 4)
+    return max(total, 1)
+
+
+class _Emit:
+    def __init__(self, program: Program, flat: dict, target: CpuTarget):
+        self.program, self.flat, self.target = program, flat, target
+
+    def tokens(self, n: Any) -> None:
+        each = work(self.program)
+        at_once = max(1, DRAW // each)
+
+        def serial() -> None:
+            with when(n > 0):
+                own = self.scratch()
+                with loop(0, n) as t:
+                    self.token(t, own)
+
+        def parallel() -> None:
+            def draw(item: Any, own: dict) -> None:
+                first = T.bind(item * at_once)
+                with loop(first, T.min(first + at_once, n)) as t:
+                    self.token(t, own)
+
+            share_out(T.floordiv(n + (at_once - 1), T.int64(at_once)), draw, self.scratch)
+
+        choose([(n <= max(1, SERIAL // each), serial)], parallel)
+
+    def scratch(self) -> dict:
+        return {("scratch", s.number): scratch([max(s.row, 1)], s.dtype) for s in self.program.scratch}
+
+    def token(self, t: Any, own: dict) -> None:
+        self.buffers = self.flat | own
+        self.bases: dict[Slot, Any] = {}
+        self.t = t
+        for slot in (*self.program.inputs, *self.program.outputs):
+            self.bases[slot] = T.bind(t * slot.row) if slot.row else T.int64(0)
+        for statement in self.program.statements:
+            for slot in gathers(statement):
+                if slot not in self.bases:
+                    self.bases[slot] = T.bind(T.Cast("int64", self.read(slot.index, [], 1)) * slot.row)
+            getattr(self, type(statement).__name__.lower())(statement)
+
+    # Addresses
+
+    def at(self, v: Memory | Affine, indices: Sequence[Any]) -> Any:
+        where = self.bases.get(v.slot, T.int64(0)) if isinstance(v, Memory) else T.int64(0)
+        for i, s in zip(indices, v.strides, strict=True):
+            if s:
+                where = where + i * s
+        return where + v.offset if v.offset else where
+
+    def buffer(self, slot: Slot) -> Any:
+        return self.buffers[slot.kind, slot.number]
+
+    # Elements
+
+    def read(self, v: Memory, indices: Sequence[Any], lanes: int) -> Any:
+        """`lanes` elements along the last axis, widened to what is computed with."""
+        vector, buffer = Vector(lanes), self.buffer(v.slot)
+        at = self.at(v, indices)
+        stride = v.strides[-1] if lanes > 1 else 0
+        if stride == 0:
+            vector = Vector(1)
+            found = buffer[at]
+        elif stride == 1:
+            found = buffer.vload([at], vector.dtype(buffer.dtype))
+        else:
+            found = buffer[T.ramp(at, stride, lanes)]
+        if buffer.dtype == "uint16" and v.slot.dtype == "bfloat16":
+            found = vector.bits_to_f32(T.Cast(vector.i32, found))
+        elif buffer.dtype == "float16":
+            found = T.Cast(vector.f32, found)
+        elif buffer.dtype == "bool":
+            found = T.Cast(vector.i32, found)
+        found = T.bind(found)
+        return T.broadcast(found, lanes) if stride == 0 and lanes > 1 else found
+
+    def value(self, v: Value, indices: Sequence[Any], lanes: int, memo: dict) -> Any:
+        """`lanes` elements of a value along its last axis."""
+        if v not in memo:
+            memo[v] = self.fresh(v, indices, lanes, memo)
+        return memo[v]
+
+    def fresh(self, v: Value, indices: Sequence[Any], lanes: int, memo: dict) -> Any:
+        vector = Vector(lanes)
+        if isinstance(v, Memory):
+            return self.read(v, indices, lanes)
+        if isinstance(v, Scalar):
+            return vector.broadcast(tvm.tirx.const(int(v.value) if v.dtype == "bool" else v.value, wide(v.dtype)))
+        if isinstance(v, Affine):
+            at = self.at(v, indices)
+            stride = v.strides[-1] if v.strides else 0
+            found = at if lanes == 1 else T.ramp(at, stride, lanes) if stride else T.broadcast(at, lanes)
+            return T.bind(T.Cast(vector.dtype(v.dtype), found))
+        args = [self.value(a, indices, lanes, memo) for a in v.args]
+        return T.bind(apply(v, args, vector))
+
+    def write(self, to: Memory, indices: Sequence[Any], value: Any, lanes: int) -> None:
+        vector, buffer = Vector(lanes), self.buffer(to.slot)
+        if buffer.dtype == "uint16" and to.slot.dtype == "bfloat16":
+            value = T.Cast(vector.dtype("uint16"), vector.round_bf16(value))
+        elif buffer.dtype == "bool":
+            value = value != 0
+        elif dtype_of(value) != vector.dtype(buffer.dtype):
+            value = T.Cast(vector.dtype(buffer.dtype), value)
+        at = self.at(to, indices)
+        if lanes == 1:
+            T.buffer_store(buffer, value, [at])
+        else:
+            T.buffer_store(buffer, value, [T.ramp(at, to.strides[-1], lanes)])
+
+    # Loops
+
+    def lanes(self, v: Value, extent: int) -> int:
+        """The widest vector for an axis of this length: whole vectors of the target, or what there is of it."""
+        if not vectorizes(v):
+            return 1
+        lanes = self.target.lanes
+        while lanes > extent:
+            lanes //= 2
+        return lanes
+
+    def nest(self, shape: Sequence[int], body: Any) -> None:
+        """body(indices) in loops over `shape`."""
+        with ExitStack() as stack:
+            body([stack.enter_context(loop(0, d)) if d != 1 else T.int64(0) for d in shape])
+
+    def along(self, extent: int, lanes: int, body: Any) -> None:
+        """body(start, lanes) over an axis: in full vectors, then in ever narrower ones."""
+        full = extent // lanes
+        if full == 1:
+            body(T.int64(0), lanes)
+        elif full:
+            with loop(0, full) as i:
+                body(T.bind(i * lanes), lanes)
+        at = full * lanes
+        while at < extent:
+            lanes //= 2
+            if at + lanes <= extent:
+                body(T.int64(at), lanes)
+                at += lanes
+
+    # Statements
+
+    def store(self, s: Store) -> None:
+        to, value = collapsed(s.to, s.value)
+        *outer, extent = to.shape
+        lanes = self.lanes(value, extent)
+        if to.slot.dtype == "bool":
+            lanes = 1
+
+        def row(indices: list) -> None:
+            def piece(start: Any, width: int) -> None:
+                place = [*indices, start]
+                self.write(to, place, self.value(value, place, width, {}), width)
+
+            self.along(extent, lanes, piece)
+
+        self.nest(outer, row)
+
+    def reduce(self, s: Reduce) -> None:
+        kept = len(s.value.shape) - s.axes
+        outer, inner = s.value.shape[:kept], s.value.shape[kept:]
+        if self.across(s.value, kept):
+            self.reduce_across(s, outer, inner)
+        else:
+            self.reduce_along(s, outer, inner)
+
+    def across(self, value: Value, kept: int) -> bool:
+        """Vectors lie along the last kept axis: the summed ones are not the ones that lie together."""
+        if kept == 0 or value.shape[kept - 1] < self.target.lanes:
+            return False
+        last = max((abs(leaf.strides[-1]) for leaf in V.leaves(value) if isinstance(leaf, Memory)), default=0)
+        return last > 1
+
+    def reduce_across(self, s: Reduce, outer: Sequence[int], inner: Sequence[int]) -> None:
+        axes = [*range(len(outer) - 1), *range(len(outer), len(outer) + len(inner)), len(outer) - 1]
+        value = V.permute(s.value, axes)
+        lanes = self.lanes(value, outer[-1])
+
+        def row(indices: list) -> None:
+            def piece(start: Any, width: int) -> None:
+                total = Accumulator(Vector(width), wide(value.dtype), s.op)
+                self.nest(inner, lambda at: total.add(self.value(value, [*indices, *at, start], width, {})))
+                self.write(s.to, [*indices, start], total.get(), width)
+
+            self.along(outer[-1], lanes, piece)
+
+        self.nest(outer[:-1], row)
+
+    def reduce_along(self, s: Reduce, outer: Sequence[int], inner: Sequence[int]) -> None:
+        extent = inner[-1]
+        lanes = self.lanes(s.value, extent)
+        vectors, rest = divmod(extent, lanes)
+        chains = min(4, vectors)  # sums side by side: one alone would wait for itself
+
+        def row(indices: list) -> None:
+            sums = [Accumulator(Vector(lanes), wide(s.value.dtype), s.op) for _ in range(chains)]
+            single = Accumulator(Vector(1), wide(s.value.dtype), s.op) if rest else None
+
+            def line(at: list) -> None:
+                def add(total: Accumulator, start: Any) -> None:
+                    total.add(self.value(s.value, [*indices, *at, start], total.vector.lanes, {}))
+
+                if vectors // chains > 1:
+                    with loop(0, vectors // chains) as i:
+                        for c, total in enumerate(sums):
+                            add(total, T.bind((i * chains + c) * lanes))
+                else:
+                    for c, total in enumerate(sums):
+                        add(total, T.int64(c * lanes))
+                for c in range(vectors % chains):
+                    add(sums[c], T.int64((vectors // chains * chains + c) * lanes))
+                if single:
+                    with loop(vectors * lanes, extent) as i:
+                        add(single, i)
+
+            self.nest(inner[:-1], line)
+            while len(sums) > 1:
+                sums[-2].add(sums[-1].get())
+                sums.pop()
+            total = sums[0].folded()
+            if single:
+                total = T.bind(combine(s.op, total, single.get()))
+            self.write(s.to, indices, total, 1)
+
+        self.nest(outer, row)
+
+    def topk(self, s: TopK) -> None:
+        """k times: of what comes after the last one found, the first in order."""
+        *outer, extent = s.value.shape
+        element = wide(s.value.dtype)
+
+        def row(indices: list) -> None:
+            best, last = variable(element, tvm.tirx.const(0, element)), variable(element, tvm.tirx.const(0, element))
+            found, before = variable("int64", T.int64(-1)), variable("int64", T.int64(-1))
+            with loop(0, s.k) as j:
+                T.buffer_store(found, T.int64(-1), [0])
+                with loop(0, extent) as i:
+                    x = self.read(s.value, [*indices, i], 1)
+                    behind = x < last[0] if s.largest else x > last[0]
+                    better = x > best[0] if s.largest else x < best[0]
+                    open_ = T.Or(before[0] < 0, T.Or(behind, T.And(x == last[0], i > before[0])))
+                    with when(T.And(open_, T.Or(found[0] < 0, better))):
+                        T.buffer_store(best, x, [0])
+                        T.buffer_store(found, i, [0])
+                T.buffer_store(last, best[0], [0])
+                T.buffer_store(before, found[0], [0])
+                if s.values is not None:
+                    self.write(s.values, [*indices, j], best[0], 1)
+                self.write(s.indices, [*indices, j], found[0], 1)
+
+        self.nest(outer, row)
+
+    def gather(self, s: Gather) -> None:
+        def element(indices: list) -> None:
+            row = T.bind(T.Cast("int64", self.value(s.index, indices, 1, {})))
+            place = [*indices[: s.axis], row, *indices[s.axis + 1 :]]
+            self.write(s.to, indices, self.read(s.value, place, 1), 1)
+
+        self.nest(s.to.shape, element)
+
+    def scatter(self, s: Scatter) -> None:
+        def element(indices: list) -> None:
+            row = T.bind(T.Cast("int64", self.value(s.index, indices, 1, {})))
+            place = [*indices[: s.axis], row, *indices[s.axis + 1 :]]
+            value = self.value(s.update, indices, 1, {})
+            if s.add:
+                value = self.read(s.to, place, 1) + value
+            self.write(s.to, place, value, 1)
+
+        self.nest(s.update.shape, element)
+
+    def scan(self, s: Scan) -> None:
+        *outer, extent = s.value.shape
+        element = wide(s.value.dtype)
+
+        def row(indices: list) -> None:
+            total = variable(element, tvm.tirx.const(0, element))
+            with loop(0, extent) as i:
+                T.buffer_store(total, total[0] + self.value(s.value, [*indices, i], 1, {}), [0])
+                self.write(s.to, [*indices, i], total[0], 1)
+
+        self.nest(outer, row)
+
+
+class Accumulator:
+    """A running sum (or max, min, product) in a register."""
+
+    def __init__(self, vector: Vector, element: str, op: str):
+        self.vector, self.op, self.dtype = vector, op, vector.dtype(element)
+        start = {"sum": 0, "prod": 1}.get(op)
+        if start is None:
+            start = tvm.tirx.min_value(element) if op == "max" else tvm.tirx.max_value(element)
+            if element == "float32":
+                start = T.float32(-math.inf if op == "max" else math.inf)
+        else:
+            start = tvm.tirx.const(start, element)
+        self.element = element
+        self.buffer = T.alloc_buffer((1,), self.dtype, scope="local")
+        self.set(vector.broadcast(start))
+
+    def get(self) -> Any:
+        return self.buffer[0]
+
+    def set(self, value: Any) -> None:
+        T.buffer_store(self.buffer, value, [0])
+
+    def add(self, value: Any) -> None:
+        self.set(combine(self.op, self.get(), value))
+
+    def folded(self) -> Any:
+        """The lanes as one number: halves onto each other."""
+        if self.vector.lanes == 1:
+            return T.bind(self.get())
+        spread = T.alloc_buffer((self.vector.lanes,), self.element, scope="local")
+        T.buffer_store(spread, self.get(), [T.ramp(0, 1, self.vector.lanes)])
+        lanes = [T.bind(spread[i]) for i in range(self.vector.lanes)]
+        while len(lanes) > 1:
+            half = len(lanes) // 2
+            lanes = [T.bind(combine(self.op, lanes[i], lanes[i + half])) for i in range(half)]
+        return lanes[0]
+
+
+def dtype_of(x: Any) -> str:
+    return str(x.ty.dtype)
+
+
+def gathers(statement: Any):
+    """Slots that the statement reads at another token's row."""
+    for v in (getattr(statement, f, None) for f in ("value", "index", "update")):
+        for leaf in V.leaves(v) if v is not None else ():
+            if isinstance(leaf, Memory) and leaf.slot.index is not None:
+                yield leaf.slot
+
+
+def combine(op: str, a: Any, b: Any) -> Any:
+    return {"sum": lambda: a + b, "prod": lambda: a * b, "max": lambda: T.max(a, b), "min": lambda: T.min(a, b)}[op]()
+
+
+def wide(dtype: str) -> str:
+    """What a value of this dtype is computed in; truth is 0 or 1."""
+    return {"float16": "float32", "bfloat16": "float32", "bool": "int32"}.get(dtype, dtype)
+
+
+def vectorizes(v: Value) -> bool:
+    if isinstance(v, Apply):
+        if v.op in _SCALAR or (v.op in FUNCTIONS and wide(v.dtype) != "float32"):
+            return False
+        if v.op in ("floor_divide", "mod", "floor_mod") and "int" in v.dtype:
+            return False
+        return all(map(vectorizes, v.args))
+    return not (isinstance(v, Memory) and v.slot.dtype == "bool")
+
+
+def apply(v: Apply, args: list, vector: Vector) -> Any:
+    """One elementwise op on vectors."""
+    dtype, op = wide(v.dtype), v.op
+    own = vector.dtype(dtype)
+
+    def const(value: float, like: str = dtype) -> Any:
+        return vector.broadcast(tvm.tirx.const(value, like))
+
+    if op in FUNCTIONS and dtype == "float32":
+        return FUNCTIONS[op](vector, args[0])
+    if op in _SCALAR:
+        return T.Cast(own, _SCALAR[op](*args))
+    if op == "cast":
+        if v.dtype == "bool" and v.args[0].dtype != "bool":
+            return T.Select(args[0] != const(0, wide(v.args[0].dtype)), const(1), const(0))
+        return args[0] if dtype_of(args[0]) == own else T.Cast(own, args[0])
+    if op in _COMPARE:
+        return T.Select(_COMPARE[op](*args), const(1), const(0))  # a cast of a vector of bool fails to simplify
+    is_float = dtype.startswith("float")
+    x = args[0]
+    y = args[1] if len(args) > 1 else None
+    if op in ("floor_divide", "mod", "floor_mod") and is_float:
+        quotient = x / y
+        floored = T.floor(quotient) if op != "mod" else T.trunc(quotient)
+        return floored if op == "floor_divide" else x - floored * y
+    simple = {
+        "add": lambda: x + y,
+        "subtract": lambda: x - y,
+        "multiply": lambda: x * y,
+        "divide": lambda: x / y if is_float else T.Cast(own, x) / T.Cast(own, y),
+        "floor_divide": lambda: T.floordiv(x, y),
+        "mod": lambda: T.truncmod(x, y),
+        "floor_mod": lambda: T.floormod(x, y),
+        "maximum": lambda: T.max(x, y),
+        "minimum": lambda: T.min(x, y),
+        "where": lambda: T.Select(x != const(0, "int32"), y, args[2]),
+        "negative": lambda: const(0) - x if not is_float else x * const(-1),
+        "abs": lambda: T.abs(x),
+        "ceil": lambda: T.ceil(x),
+        "floor": lambda: T.floor(x),
+        "square": lambda: x * x,
+        "sign": lambda: T.Select(x > const(0), const(1), T.Select(x < const(0), const(-1), const(0))),
+        "nn.relu": lambda: T.max(x, const(0)),
+        "logical_and": lambda: T.bitwise_and(x, y),
+        "logical_or": lambda: T.bitwise_or(x, y),
+        "logical_xor": lambda: T.bitwise_xor(x, y),
+        "logical_not": lambda: T.bitwise_xor(x, const(1)),
+        "bitwise_and": lambda: T.bitwise_and(x, y),
+        "bitwise_or": lambda: T.bitwise_or(x, y),
+        "bitwise_xor": lambda: T.bitwise_xor(x, y),
+        "bitwise_not": lambda: T.bitwise_xor(x, const(1 if v.dtype == "bool" else -1)),
+    }
+    return simple[op]()
+
+
+def collapsed(to: Memory, value: Value) -> tuple[Memory, Value]:
+    """The same store with as few axes as it takes: axes of length 1 go, axes that lie together join."""
+    shape = [d for d in to.shape if d != 1] or [1]
+    to, value = V.reshape(to, shape), V.reshape(value, shape)
+    strided = [to, *(leaf for leaf in V.leaves(value) if isinstance(leaf, (Memory, Affine)))]
+    joined = [shape[-1]]
+    for i in reversed(range(len(shape) - 1)):
+        if all(s.strides[i] == s.strides[i + 1] * shape[i + 1] for s in strided):
+            joined[0] *= shape[i]
+        else:
+            joined.insert(0, shape[i])
+    return V.reshape(to, joined), V.reshape(value, joined)
