@@ -14,6 +14,7 @@ import numpy as np
 import tvm
 
 from llmc.ir.evaluate import Reference
+from llmc.ir.ragged_form import TABLES
 
 __all__ = ["Driver", "Pages", "numpy_dtype", "state_of"]
 
@@ -73,11 +74,9 @@ class Driver:
         self.reference = Reference(module)
         self.inputs = {v.name_hint: input_names(f) for v, f in module.functions.items() if v.name_hint in FUNCTIONS}
         names = {f: list(map(str, module[f].attrs["llmc.weights"])) for f in self.inputs}
-        loaded = {
-            n: tvm.runtime.tensor(np.ascontiguousarray(weights[n])) for n in {n for ns in names.values() for n in ns}
-        }
+        wanted = {name for ns in names.values() for name in ns}
+        loaded = {name: tvm.runtime.tensor(np.ascontiguousarray(weights[name])) for name in wanted}
         self.weights = {f: [loaded[n] for n in ns] for f, ns in names.items()}
-        self.page_count = pages
         self.state = state_of(module)
         self.groups = [Pages(g["page_size"], pages, g["window"], g["chunk"], seed) for g in self.state]
         self.pools = {
@@ -93,6 +92,12 @@ class Driver:
         self, batch: Mapping[object, Sequence[int]], rows: Mapping[object, Sequence[int]] | None = None
     ) -> dict[object, np.ndarray]:
         """Adds the new tokens of each sequence; returns the logits of `rows` of these (None: of all)."""
+        return {s: values[0] for s, values in self.results(batch, rows).items()}
+
+    def results(
+        self, batch: Mapping[object, Sequence[int]], rows: Mapping[object, Sequence[int]] | None = None
+    ) -> dict[object, list[np.ndarray]]:
+        """`step`, for a program that returns a tuple: logits, and other values of one or more rows a token."""
         tokens = [np.asarray(t, "int32") for t in batch.values()]
         indptr = np.cumsum([0, *map(len, tokens)])
         positions = [self.length(s) + np.arange(len(t)) for s, t in zip(batch, tokens, strict=True)]
@@ -109,10 +114,13 @@ class Driver:
         values = {k: np.asarray(v, "int32") for k, v in values.items()} | self.pools
         if "embed" in self.inputs:
             values["hidden"] = self.call("embed", values)
-        logits = self.call("step", values)
+        out = self.call("step", values)
+        out = list(out) if isinstance(out, tuple) else [out]
         if "logit_rows" not in self.inputs["step"]:
-            logits = logits[values["logit_rows"]]
-        return dict(zip(batch, np.split(logits, np.cumsum([len(r) for r in asked.values()])[:-1]), strict=True))
+            out[0] = out[0][values["logit_rows"]]
+        ends = np.cumsum([len(r) for r in asked.values()])
+        parts = [np.split(x, ends[:-1] * (len(x) // max(ends[-1], 1))) for x in out]
+        return dict(zip(batch, map(list, zip(*parts, strict=True)), strict=True))
 
     def call(self, function: str, values: Mapping[str, object]) -> np.ndarray:
         inputs = [values[name] for name in self.inputs[function]]
@@ -120,7 +128,6 @@ class Driver:
 
 
 FUNCTIONS = ("embed", "step")
-TABLES = ("kv_indptr", "kv_indices", "kv_last_page_len")
 
 
 def input_names(function: tvm.relax.Function) -> list[str]:

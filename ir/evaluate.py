@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 
 __all__ = ["Reference", "evaluate"]
+
+
+SMALL = 1_000_000  # elements of all weights
 
 
 class Reference:
@@ -21,7 +26,8 @@ class Reference:
     """
 
     def __init__(self, module: tvm.IRModule):
-        target = tvm.target.Target({"kind": "llvm", "opt-level": 1})
+        # Small programs are built quickly, large ones run quickly.
+        target = tvm.target.Target({"kind": "llvm", "opt-level": 0 if parameters(module) < SMALL else 2})
         self.machine = relax.VirtualMachine(tvm.compile(module, target), tvm.cpu())
 
     def __call__(self, *args: np.ndarray | tvm.runtime.Tensor, function: str = "main"):
@@ -32,6 +38,20 @@ class Reference:
 def evaluate(module: tvm.IRModule, args: list, function: str = "main"):
     """`function` of the module on `args`, one for each parameter in order. See Reference."""
     return Reference(module)(*args, function=function)
+
+
+def parameters(module: tvm.IRModule) -> int:
+    """How many elements of a fixed number the parameters of a module's public functions have."""
+    shapes = (p.ty.shape for f in module.functions.values() if _is_public(f) for p in f.params if _is_tensor(p.ty))
+    return sum(math.prod(map(int, shape)) for shape in shapes if all(isinstance(d, tirx.IntImm) for d in shape))
+
+
+def _is_public(function) -> bool:
+    return isinstance(function, relax.Function) and bool(function.attrs) and "global_symbol" in function.attrs
+
+
+def _is_tensor(ty) -> bool:
+    return isinstance(ty, relax.TensorType) and isinstance(ty.shape, relax.ShapeExpr)
 
 
 def _to_numpy(value):

@@ -9,6 +9,7 @@ from typing import Protocol
 import tvm
 
 from llmc.ir import forms
+from llmc.ir.ragged_form import check_ragged
 from llmc.passes.cache_latent import CacheLatent
 from llmc.passes.drop_batch_axis import DropBatchAxis
 from llmc.passes.fuse_projections import FuseProjections
@@ -43,5 +44,5 @@ class Stage:
 PIPELINE: tuple[Stage, ...] = (
     Stage("textbook", (RaisePositions(), DropBatchAxis(), ProveTokenLocality()), forms.check_textbook),
     Stage("weights", (CacheLatent(), FuseProjections()), forms.check_textbook),
-    Stage("ragged", (PageAttention(), SplitEmbedding(), GatherLogits(), ProveTokenLocality()), forms.check_well_formed),
+    Stage("ragged", (PageAttention(), SplitEmbedding(), GatherLogits(), ProveTokenLocality()), check_ragged),
 )

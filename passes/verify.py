@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import tvm
 from tvm import relax
 
-from llmc.ir.driver import Driver
+from llmc.ir.driver import Driver, state_of
 from llmc.ir.errors import CompileError
 from llmc.ir.evaluate import Reference
 from llmc.ir.forms import weight_names
-from llmc.ir.ops import op_of
+from llmc.ir.ops import attributes_of, op_of
+from llmc.ir.paging import APPEND_PAGES, PAGED_ATTENTION
 from llmc.ir.rewrite import Rewriter, bindings, op_name
 from llmc.passes.goal import Goal
 from llmc.passes.locality import whereabouts
@@ -24,6 +26,7 @@ __all__ = ["TOLERANCE", "Verifier"]
 # Largest error as a fraction of the spread of logits. A pass may change the order of a sum: in float32 some 1e-6 a
 # layer; in half precision every value is rounded to 8 or 11 bits again.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
+LONGEST = 256  # tokens; windows and chunks beyond it are not crossed
 
 
 class Verifier:
@@ -31,11 +34,12 @@ class Verifier:
 
         manager.run(imported.module, goal, on_pass=Verifier(imported.module, imported.weights, goal).on_pass)
 
-    Sequences of `lengths` random tokens run through the imported program one by one, and through the program after the
-    pass: one by one too in the textbook form; from page_attention on side by side, in chunks and token by token, from
-    paged caches. Every weight is read into memory once.
+    Sequences of `lengths` random tokens (by default of one token, a few, over two pages, past every window and chunk)
+    run through the imported program one by one, and through the program after the pass: one by one too in the
+    textbook form; from page_attention on side by side from paged caches: prefill, chunks, and decode in the same
+    steps. Every weight is read into memory once.
 
-    Raises CompileError with the pass, the op and the nearest weight where the two part.
+    Raises CompileError with the pass, the layer and the op where the two part.
     """
 
     def __init__(
@@ -44,124 +48,254 @@ class Verifier:
         weights: Mapping[str, Any],
         goal: Goal,
         *,
-        lengths: Sequence[int] = (1, 23, 40),
+        lengths: Sequence[int] | None = None,
         seed: int = 0,
     ):
-        main = imported["main"]
-        self.weights = {n: w.read() if hasattr(w, "read") else np.asarray(w) for n, w in weights.items()}
-        rng = np.random.default_rng(seed)
-        vocabulary = int(main.ret_ty.shape.values[-1])
-        self.sequences = [rng.integers(0, vocabulary, n).astype("int32") for n in lengths]
+        self.imported = imported
+        self.weights = _Arrays(weights)
         self.tolerance = TOLERANCE[goal.dtype]
-        self.wanted = self.one_by_one(imported)
-        self.spread = max(float(np.ptp(w)) for w in self.wanted)
+        vocabulary = int(imported["main"].ret_ty.shape.values[-1])
+        rng = np.random.default_rng(seed)
+        lengths = telling_lengths(imported, goal) if lengths is None else lengths
+        self.tokens = {i: rng.integers(0, vocabulary, n).astype("int32") for i, n in enumerate(lengths)}
+        self.wanted = self.run(imported)
+        self.spread = max(float(np.ptp(w.astype("float64"))) for w in self.wanted.values())
 
     def on_pass(self, index: int, current: Pass, before: tvm.IRModule, after: tvm.IRModule) -> None:
+        """The manager's hook."""
         if after.same_as(before):
             return
-        found = self.one_by_one(after) if has(after, "main") else self.side_by_side(after)
-        error = max(float(np.abs(f - w).max()) for f, w in zip(found, self.wanted, strict=True)) / self.spread
-        if error <= self.tolerance:
+        found = self.run(after)
+        errors = {s: difference(found[s], self.wanted[s], self.spread) for s in self.tokens}
+        sequence = max(errors, key=lambda s: errors[s])
+        if errors[sequence] <= self.tolerance:
             return
-        place = self.first_difference(before, after)
-        where = f"the first value to differ is {place[1]}" if place else "no value that both programs name differs"
+        op, where = self.locate(before, after, sequence)
         raise CompileError(
             f"{current.name} changed what the program computes: expected the imported program's logits within "
-            f"{self.tolerance:g} of their spread, found an error of {error:.2g}; {where}",
+            f"{self.tolerance:g} of their spread, found an error of {errors[sequence]:.2g}; {where}",
             pass_name=current.name,
-            op=None if place is None else place[0],
+            op=op,
         )
 
-    def one_by_one(self, module: tvm.IRModule) -> list[np.ndarray]:
-        run = Reference(module)
-        return [logits_of(run(*self.inputs(module, s))) for s in self.sequences]
+    @cached_property
+    def wanted_points(self) -> dict[int, dict[Point, np.ndarray]]:
+        """Operands and results of the imported program's semantic ops, for every sequence."""
+        trace = Trace(self.imported)
+        results = self.results(trace.module)
+        return {s: dict(zip(trace.points, values[1:], strict=True)) for s, values in results.items()}
 
-    def inputs(self, module: tvm.IRModule, tokens: np.ndarray) -> list[np.ndarray]:
-        """Arguments of main in the imported form or the textbook form."""
+    def run(self, module: tvm.IRModule) -> dict[int, np.ndarray]:
+        """Logits [n, vocab] of every sequence."""
+        return {s: values[0] for s, values in self.results(module).items()}
+
+    def results(self, module: tvm.IRModule) -> dict[int, list[np.ndarray]]:
+        """What the program returns, logits and whatever it was made to return beside, row by row of every sequence."""
+        return self.served(module) if function_of(module) == "step" else self.alone(module, self.tokens)
+
+    def alone(self, module: tvm.IRModule, sequences: Iterable[int]) -> dict[int, list[np.ndarray]]:
+        reference = Reference(module)
         main = module["main"]
-        shape = [1] * (len(main.params[0].ty.shape.values) - 1) + [len(tokens)]
-        positions = np.arange(len(tokens), dtype="int32")
-        return [tokens.reshape(shape), positions.reshape(shape), *(self.weights[n] for n in weight_names(main))]
+        weights = [self.weights[name] for name in weight_names(main)]
+        batch = len(main.params[0].ty.shape.values) == 2
+        out = {}
+        for s in sequences:
+            tokens = self.tokens[s]
+            positions = np.arange(len(tokens), dtype="int32")
+            inputs = [tokens[None], positions[None]] if batch else [tokens, positions]
+            values = as_list(reference(*inputs, *weights))
+            out[s] = [values[0].reshape(len(tokens), -1), *values[1:]]
+        return out
 
-    def side_by_side(self, module: tvm.IRModule) -> list[np.ndarray]:
-        """Each sequence in three parts: the last token alone, and all before it cut in two at a different place."""
-        driver = Driver(module, self.weights)
-        parts: list[list[np.ndarray]] = [[] for _ in self.sequences]
-        numbered = list(enumerate(self.sequences))
-        cuts = [sorted({0, len(s) * (i + 1) // (len(self.sequences) + 1), len(s) - 1, len(s)}) for i, s in numbered]
-        while any(len(c) > 1 for c in cuts):
-            batch = {i: self.sequences[i][c[0] : c[1]] for i, c in enumerate(cuts) if len(c) > 1}
-            for i, logits in driver.step(batch).items():
-                parts[i].append(logits_of(logits))
-                cuts[i] = cuts[i][1:]
-        return [np.concatenate(p) for p in parts]
+    def pages(self, module: tvm.IRModule) -> int:
+        """How many pages hold all sequences."""
+        return 1 + sum(-(-len(t) // g["page_size"]) for t in self.tokens.values() for g in state_of(module))
+
+    def served(self, module: tvm.IRModule) -> dict[int, list[np.ndarray]]:
+        driver = Driver(module, self.weights, pages=self.pages(module))
+        parts: dict[int, list[list[np.ndarray]]] = {s: [] for s in self.tokens}
+        for step in plan({s: len(t) for s, t in self.tokens.items()}):
+            spans = {s: (driver.length(s), driver.length(s) + n) for s, n in step.items()}
+            results = driver.results({s: self.tokens[s][lo:hi] for s, (lo, hi) in spans.items()})
+            for s, values in results.items():
+                parts[s].append(values)
+        return {s: [np.concatenate(column) for column in zip(*steps, strict=True)] for s, steps in parts.items()}
 
     # Where two programs part.
 
-    def first_difference(self, before: tvm.IRModule, after: tvm.IRModule) -> tuple[str, str] | None:
+    def locate(self, before: tvm.IRModule, after: tvm.IRModule, sequence: int) -> tuple[str | None, str]:
+        """The op at which the program parts, and the words for it."""
+        op, layer = self.first_point(after, sequence)
+        value = self.first_value(before, after, sequence)
+        if value is None:
+            return op, f"{layer}; no value that both programs name differs in a plain prefill"
+        return value[0], f"{layer}; the first value to differ is {value[1]}"
+
+    def first_point(self, after: tvm.IRModule, sequence: int) -> tuple[str | None, str]:
+        """The first semantic op whose operands or result are not those of the imported program."""
+        trace, last = Trace(after), None
+        values = self.results(trace.module)[sequence][1:]
+        for point, value in zip(trace.points, values, strict=True):
+            other = self.wanted_points[sequence].get(point)
+            if other is None or value.size != other.size:
+                continue  # the pass made something else of it: nothing to compare
+            place = f"{point.value} of {point.op} of layer {point.layer}"
+            if difference(value, other) > self.tolerance:
+                if point.value == RESULT:
+                    return point.op, f"{place} differs, its operands do not"
+                return point.op, f"{place} differ, what is wrong lies between {last or 'the tokens'} and these"
+            last = place
+        return None, f"no semantic op differs, what is wrong lies behind {last or 'the tokens'}"
+
+    def first_value(self, before: tvm.IRModule, after: tvm.IRModule, sequence: int) -> tuple[str, str] | None:
         """(op, place) of the first value of `after` that differs from the value of the same name in `before`."""
-        tokens = self.sequences[-1]
-        old, new = (self.values(module, tokens) for module in (before, after))
-        function = after["main" if has(after, "main") else "step"]
+        old, new = (self.values(module, sequence) for module in (before, after))
+        function = after[function_of(after)]
         for binding in bindings(function):
             name = binding.var.name
             if name not in old or name not in new or old[name].size != new[name].size:
                 continue
-            x, y = (v[name].astype("float64").ravel() for v in (old, new))
-            if np.abs(x - y).max() > self.tolerance * max(float(np.ptp(x)), 1e-9):
+            if difference(new[name], old[name]) > self.tolerance:
                 op = op_name(binding.value)
                 op = op_of(after, binding.value) if op is None or op.startswith("call_tir") else op
                 op = op or type(binding.value).__name__
                 return op, f"{name} ({op}, {whereabouts(function, binding)})"
         return None
 
-    def values(self, module: tvm.IRModule, tokens: np.ndarray) -> dict[str, np.ndarray]:
-        """Every floating value of a program on one sequence, by name."""
-        function = "main" if has(module, "main") else "step"
-        tap = _Tap(module, function)
-        tapped = tap.run()
-        if function == "main":
-            _, *values = Reference(tapped)(*self.inputs(module, tokens))
+    def values(self, module: tvm.IRModule, sequence: int) -> dict[str, np.ndarray]:
+        """Every floating value of a program on one sequence by itself, by name."""
+        tap, tokens = Tap(module), self.tokens[sequence]
+        if tap.function == "main":
+            results = self.alone(tap.module, [sequence])[sequence]
         else:
-            driver = _TappedDriver(tapped, self.weights)
-            driver.step({0: tokens})
-            values = driver.values
-        return dict(zip(tap.names, values, strict=True))
+            results = Driver(tap.module, self.weights, pages=self.pages(module)).results({sequence: tokens})[sequence]
+        return dict(zip(tap.names, results[1:], strict=True))
 
 
-class _Tap(Rewriter):
-    """Returns all floating values beside the result."""
+def function_of(module: tvm.IRModule) -> str:
+    """The function that computes logits: step from page_attention on, main before."""
+    return "step" if any(v.name_hint == "step" for v in module.functions) else "main"
 
-    def __init__(self, module: tvm.IRModule, function: str):
-        super().__init__(module, function)
-        self.tapped = [b.var for b in bindings(self.old) if is_floating(b.var.ty) and not is_pages(module, b.value)]
+
+class Tap(Rewriter):
+    """`module` is the program that also returns all its floating values; `names` says which."""
+
+    def __init__(self, module: tvm.IRModule):
+        super().__init__(module, function_of(module))
+        self.tapped = [
+            b.var for b in bindings(self.old) if is_floating(b.var.ty) and op_of(module, b.value) != APPEND_PAGES
+        ]
         self.names = [v.name for v in self.tapped]
+        self.module = self.run()
 
     def result(self, body: relax.Expr) -> relax.Expr:
         return relax.Tuple([self.get(body), *map(self.get, self.tapped)])
-
-
-class _TappedDriver(Driver):
-    def call(self, function: str, values: Mapping[str, object]):
-        result = super().call(function, values)
-        if function != "step":
-            return result
-        logits, *self.values = result
-        return logits
 
 
 def is_floating(ty) -> bool:
     return isinstance(ty, relax.TensorType) and "float" in str(ty.dtype)
 
 
-def is_pages(module: tvm.IRModule, value: relax.Expr) -> bool:
-    return op_of(module, value) == "append_pages"
+class Point(NamedTuple):
+    """A value to compare: an operand or the result of a semantic op."""
+
+    layer: int
+    op: str
+    count: int  # which of its kind in the layer
+    value: str
 
 
-def has(module: tvm.IRModule, name: str) -> bool:
-    return any(v.name_hint == name for v in module.functions)
+class Trace(Rewriter):
+    """`module` is the program that also returns the operands and results of its semantic ops; `points` says which."""
+
+    def __init__(self, module: tvm.IRModule):
+        super().__init__(module, function_of(module))
+        self.points: list[Point] = []
+        self.values: list[relax.Var] = []
+        self.layer = -1
+        self.counts: dict[tuple[int, str], int] = {}
+        self.appended: list[relax.Expr] = []
+        self.module = self.run()
+
+    def binding(self, var, value):
+        op = op_of(self.module, value)
+        operands = list(value.args) if op in ("attention", "expert_linear") else []
+        if op == APPEND_PAGES:
+            self.appended.append(value.args[1].fields[1])
+        if op == PAGED_ATTENTION:
+            op, operands = "attention", [value.args[1].fields[0], *self.appended]
+            self.appended = []
+        self.layer += op == "attention"
+        super().binding(var, value)
+        if op not in OPERANDS:
+            return
+        count = self.counts[self.layer, op] = self.counts.get((self.layer, op), -1) + 1
+        for name, operand in zip(OPERANDS[op], operands, strict=False):
+            self.keep(Point(self.layer, op, count, name), self.get(operand))
+        self.keep(Point(self.layer, op, count, RESULT), self.new[var])
+
+    def keep(self, point: Point, value: relax.Var) -> None:
+        self.points.append(point)
+        self.values.append(value)
+
+    def result(self, body):
+        return relax.Tuple([self.get(body), *self.values])
 
 
-def logits_of(value: np.ndarray) -> np.ndarray:
-    """Logits as [n, vocab] float32, whatever the form they come in."""
-    return value.reshape(-1, value.shape[-1]).astype("float32")
+RESULT = "the result"
+OPERANDS = {"attention": ("the queries", "the keys", "the values"), "expert_linear": ("the rows",)}
+
+
+class _Arrays(Mapping):
+    """Weights as arrays, read when first asked for."""
+
+    def __init__(self, weights: Mapping[str, Any]):
+        self.weights = weights
+        self.read: dict[str, np.ndarray] = {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.read:
+            weight = self.weights[name]
+            self.read[name] = weight if isinstance(weight, np.ndarray) else np.asarray(weight.read())
+        return self.read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+def telling_lengths(imported: tvm.IRModule, goal: Goal) -> list[int]:
+    """Lengths of sequences: one token, a few, over two pages, past every window and chunk (up to LONGEST)."""
+    calls = [b.value for b in bindings(imported["main"]) if op_of(imported, b.value) == "attention"]
+    reach = max([int(attributes_of(imported, c)[k]) for c in calls for k in ("window", "chunk")], default=0)
+    longest = min(goal.max_context or LONGEST, LONGEST)
+    lengths = {1, 7, 2 * goal.page_size + 3} | ({min(reach + goal.page_size + 3, longest)} if reach else set())
+    return sorted(n for n in lengths if n <= longest)
+
+
+def plan(lengths: Mapping[int, int]) -> list[dict[int, int]]:
+    """Steps that bring every sequence to its length.
+
+    Each is cut in two chunks and single tokens, and begins a step after the one before it, so that prefill, chunks and
+    decode stand side by side.
+    """
+    cuts = {}
+    for s, n in lengths.items():
+        single = min(2, n - 1)
+        half = (n - single + 1) // 2
+        cuts[s] = [c for c in (half, n - single - half, *[1] * single) if c]
+    last = max(i + len(c) for i, c in enumerate(cuts.values()))
+    return [{s: c[k - i] for i, (s, c) in enumerate(cuts.items()) if 0 <= k - i < len(c)} for k in range(last)]
+
+
+def difference(found: np.ndarray, wanted: np.ndarray, spread: float | None = None) -> float:
+    """The largest error as a fraction of the spread (of what is wanted); infinite where there is a NaN."""
+    found, wanted = found.astype("float64").ravel(), wanted.astype("float64").ravel()
+    error = float(np.abs(found - wanted).max()) / max(spread or float(np.ptp(wanted)), 1e-9)
+    return error if np.isfinite(error) else float("inf")
+
+
+def as_list(value: np.ndarray | tuple) -> list[np.ndarray]:
+    return list(value) if isinstance(value, tuple) else [value]

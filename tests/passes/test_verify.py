@@ -1,73 +1,139 @@
+"""Verifier: right passes go through, and a fault is named with its pass, its layer and its op."""
+
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 from tvm import relax
 from tvm.relax import op as R
 
+from llmc.ir import ops, paging
 from llmc.ir.errors import CompileError
+from llmc.ir.ops import attributes_of, op_of
 from llmc.ir.rewrite import Rewriter, op_name
-from llmc.passes import manager
-from llmc.passes.drop_batch_axis import DropBatchAxis
+from llmc.passes import manager, verify
 from llmc.passes.goal import Goal
 from llmc.passes.pipeline import PIPELINE, Stage
-from llmc.passes.verify import Verifier
 from tests import textbook
+from tests.serving import GOAL
+
+WINDOW = 6
 
 
-def model(**options):
-    module = textbook.llama(**options)
-    names = list(map(str, module["main"].attrs["llmc.weights"]))
-    return module, dict(zip(names, textbook.arguments(module, 1)[2:], strict=True))
+@pytest.fixture(scope="module")
+def model():
+    module = textbook.llama(window=WINDOW)
+    arguments = textbook.arguments(module, 1)[2:]
+    return module, dict(zip(map(str, module["main"].attrs["llmc.weights"]), arguments, strict=True))
 
 
-class _Change(Rewriter):
-    """Adds something to what the second `op` of a function computes."""
+@pytest.fixture(scope="module")
+def verifier(model):
+    return verify.Verifier(*model, GOAL)
 
-    def __init__(self, module, op):
-        super().__init__(module, "step" if any(v.name_hint == "step" for v in module.functions) else "main")
-        self.op, self.count = op, 0
 
-    def rewrite(self, var, value):
-        value = self.again(value)
-        if op_name(value) != self.op:
-            return value
-        self.count += 1
-        return R.add(self.emit(value), relax.const(0.1)) if self.count == 2 else value
+class Lazy:
+    def __init__(self, value):
+        self.value = value
+
+    def read(self, start=0, stop=None):
+        return self.value[start:stop]
+
+
+def test_the_whole_pipeline_is_verified(model):
+    module, weights = model
+    verifier = verify.Verifier(module, {name: Lazy(w) for name, w in weights.items()}, GOAL)
+    manager.run(module, GOAL, on_pass=verifier.on_pass)
 
 
 @dataclass(frozen=True)
-class Change:
-    op: str
-    name: str = "change"
+class Fault:
+    """A pass that does wrong: `change(rewriter, var, value)` returns another expression, or None."""
+
+    change: object
+    function: str = "main"
+    name: str = "fault"
 
     def run(self, module, goal):
-        return _Change(module, self.op).run()
+        change = self.change
+
+        class Wrong(Rewriter):
+            layer = -1
+
+            def rewrite(self, var, value):
+                self.layer += op_of(self.module, value) in ("attention", paging.PAGED_ATTENTION)
+                new = change(self, var, value)
+                return self.again(value) if new is None else new
+
+        return Wrong(module, self.function).run()
 
 
-def test_the_pipeline_keeps_what_the_program_computes():
-    module, weights = model(layers=1, window=7, softcap=3.0, sinks=True)
-    verifier = Verifier(module, weights, Goal(), lengths=(1, 20))
-    manager.run(module, Goal(), stages=PIPELINE, on_pass=verifier.on_pass)
+def lost_window(at, var, call):
+    if op_of(at.module, call) == "attention" and at.layer == 1:
+        how = {k: v for k, v in attributes_of(at.module, call).items() if k in ("scale", "softcap", "chunk")}
+        return ops.attention(at.builder, *(at.get(a) for a in call.args), **how)
+    return None
 
 
-def test_names_the_pass_the_layer_and_the_op():
-    module, weights = model()
-    stages = [Stage("textbook", (DropBatchAxis(), Change("nn.silu")), lambda module: None)]
-    with pytest.raises(CompileError) as error:
-        manager.run(module, Goal(), stages=stages, on_pass=Verifier(module, weights, Goal(), lengths=(5,)).on_pass)
-    message = str(error.value)
-    assert message.startswith(
-        "change changed what the program computes: expected the imported program's logits within "
+def lost_scale(at, var, call):
+    if op_of(at.module, call) == paging.PAGED_ATTENTION and at.layer == 0:
+        func = paging.paged_attention(**{**paging.parameters(at.module[call.args[0]]), "scale": 1.0})
+        return R.call_tir(at.builder.add_func(func, "wrong"), [at.get(a) for a in call.args[1].fields], call.ty)
+    return None
+
+
+def other_activation(at, var, call):
+    if op_name(call) == "nn.silu" and at.layer == 0:
+        return R.nn.gelu(at.get(call.args[0]))
+    return None
+
+
+def twice_the_logits(at, var, call):
+    return R.multiply(at.emit(at.again(call)), relax.const(2.0, "float32")) if var.same_as(at.old.body.body) else None
+
+
+FAULTS = {
+    "window": (Fault(lost_window), 1, "attention", "the result of attention of layer 1 differs, its operands do not"),
+    "scale": (Fault(lost_scale, "step"), 3, "paged_attention", "the result of attention of layer 0 differs, its oper"),
+    "activation": (
+        Fault(other_activation),
+        1,
+        "nn.gelu",
+        r"layer 0 and these; .* \(nn.gelu, near weight layers.0",
+    ),
+    "head": (Fault(twice_the_logits), 1, "multiply", "lies behind the result of attention of layer 1; the first"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_located(model, verifier, fault):
+    wrong, stages, op, message = FAULTS[fault]
+    before = manager.run(model[0], GOAL, stages=PIPELINE[:stages]).module
+    stage = Stage("faulty", (wrong,), lambda module: None)
+    with pytest.raises(CompileError, match=message) as error:
+        manager.run(before, GOAL, stages=(stage,), on_pass=verifier.on_pass)
+    assert (error.value.stage, error.value.pass_name, error.value.op) == ("faulty", "fault", op)
+    assert str(error.value).startswith(
+        "fault changed what the program computes: expected the imported program's logits within 0.0001 of their spread"
     )
-    assert "near weight layers.1.gate.weight" in message
-    assert (error.value.stage, error.value.pass_name, error.value.op) == ("textbook", "change", "add")
 
 
-def test_a_fault_in_the_ragged_form_is_found_and_placed():
-    module, weights = model(layers=1)
-    verifier = Verifier(module, weights, Goal(), lengths=(1, 20))
-    before = manager.run(module, Goal(), stages=PIPELINE).module
-    change = Change("rsqrt")
-    with pytest.raises(CompileError, match=r"the first value to differ is .* \(add, near weight") as error:
-        verifier.on_pass(9, change, before, change.run(before, Goal()))
-    assert error.value.pass_name == "change"
+def test_nan_is_an_error():
+    assert verify.difference(np.array([np.nan, 1.0]), np.array([1.0, 2.0])) == float("inf")
+
+
+def test_lengths_cross_pages_and_windows():
+    assert verify.telling_lengths(textbook.llama(window=WINDOW), Goal(page_size=4)) == [1, 7, 11, 13]
+    assert verify.telling_lengths(textbook.llama(), Goal(page_size=16, max_context=20)) == [1, 7]
+
+
+def test_the_plan_serves_every_token_side_by_side():
+    lengths = {0: 1, 1: 7, 2: 11}
+    steps = verify.plan(lengths)
+    assert {s: sum(step.get(s, 0) for step in steps) for s in lengths} == lengths
+    assert any(len(step) > 1 and set(step.values()) != {1} for step in steps)
+    assert steps[0] == {0: 1}
+
+
+def test_unchanged_modules_cost_nothing(model, verifier):
+    assert verifier.on_pass(1, PIPELINE[0].passes[0], model[0], model[0]) is None
