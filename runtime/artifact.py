@@ -249,6 +249,9 @@ def _check_target(path: Path, manifest: Manifest, entry: TargetEntry) -> None:
                 raise ArtifactError(
                     f"{where}: {name} takes the weight {weight}, which the artifact does not have; {AGAIN}"
                 )
+    sizes = sorted({group.page_size for group in entry.state})
+    if len(sizes) != 1:
+        raise ArtifactError(f"{where}: expected state groups of one page size, found {sizes}; update llmc")
     for i, group in enumerate(entry.state):
         if group.kind != "paged":
             raise ArtifactError(f"{where}: state group {i} is {group.kind!r}; this llmc runs 'paged' only, update it")

@@ -189,8 +189,8 @@ class Scores(Logits):
 
     def _keep(self, logits: np.ndarray, start: int) -> None:
         tokens = self.sequence.buffer[start + 1 : start + 1 + len(logits)]
-        logits = logits[: len(tokens)]
-        self._parts.append(logits[np.arange(len(tokens)), tokens] - log_sum_exp(logits))
+        # Row by row: the exponentials of a whole step can take more memory than the model.
+        self._parts.append(np.array([row[t] - log_sum_exp(row) for row, t in zip(logits, tokens, strict=False)]))
 
     def result(self) -> np.ndarray:
         """[n - 1] float64."""

@@ -145,6 +145,7 @@ def test_other_versions_are_refused(folder):
         (lambda d: d["targets"][0]["functions"].pop("step"), "expected a function 'step', found ['embed']"),
         (lambda d: d["targets"][0]["functions"]["step"].update(weights=["z"]), "step takes the weight z, which the"),
         (lambda d: d["targets"][0]["state"][0].update(kind="slot"), "state group 0 is 'slot'; this llmc runs 'paged'"),
+        (lambda d: d["targets"][0].update(state=[]), "expected state groups of one page size, found []"),
         (lambda d: d["targets"][0]["state"][0].update(page_size=0), "state group 0 has impossible sizes"),
         (lambda d: d["targets"][0]["state"][0].update(tensors=[]), "state group 0 has impossible sizes"),
     ],
