@@ -181,6 +181,7 @@ OWN = {
 
 # What the compiler may refuse today, by its nature: nothing else may end as refused.
 RECURRENT = "carries a state from token to token (recurrence, convolution or linear attention)"
+OWN_EXPERTS = "does not go through transformers' experts interface"
 OWN_ATTENTION = "does not go through transformers' attention interface"
 SPARSE = "picks the keys it attends to by their content"
 BIASED = "adds a learned bias of the distance to the scores"
@@ -191,6 +192,9 @@ REFUSED = {
         "bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2",
         "lfm2_moe", "lfm3", "mamba", "mamba2", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe",
         "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm", "zamba2", "zaya",
+    ],
+    OWN_EXPERTS: [
+        "dbrx", "jetmoe", "longcat_flash",
     ],
     OWN_ATTENTION: [
         "big_bird", "bloom", "codegen", "doge", "falcon", "git", "gpt_neo", "gpt_neox_japanese", "gptj",

@@ -15,7 +15,7 @@ from llmc.ir.rewrite import Rewriter, bindings
 from . import checkpoints, comparison, configs
 
 SEQUENCE = 4  # 64 tokens: past every window and chunk of the configs
-LAYER = re.compile(r"\.(?:layers|layer|h|blocks|block)\.1\.")
+LAYER = re.compile(r"\.(\d+)\.")  # the first number in a weight's name is that of its layer
 EXPERTS = re.compile(r"expert", re.I)
 
 
@@ -60,7 +60,9 @@ class Planted(Rewriter):
 
 def in_weights(weights, ops):
     """Faults that zero weights: {fault: {name: array}}, of those that the program can have."""
-    faults = {"layer": {name: np.zeros_like(array) for name, array in weights.items() if LAYER.search(name)}}
+    layers = {name: int(number[1]) for name in weights if (number := LAYER.search(name))}
+    middle = sorted(set(layers.values()))[len(set(layers.values())) // 2]
+    faults = {"layer": {name: np.zeros_like(weights[name]) for name, layer in layers.items() if layer == middle}}
     if "expert_linear" in ops:
         faults["expert"] = {}
         for name, array in weights.items():
