@@ -18,6 +18,7 @@ checked against the type of the result; so a wrong rule is far more likely to re
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import tvm
 from tvm import relax, tirx
@@ -43,7 +44,7 @@ from llmc.passes.locality_rules import (
 
 __all__ = ["UNIFORM", "Analysis", "MixesTokens", "Opaque", "State", "Token", "analyze", "whereabouts"]
 
-ARITHMETIC = {
+ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     "Add": operator.add,
     "Sub": operator.sub,
     "Mul": operator.mul,
@@ -193,11 +194,11 @@ class Analysis:
         """The state of a value that each token has a copy of its own of, read off its type."""
         if isinstance(ty, relax.TupleType):
             return tuple(self.from_type(f) for f in ty.fields)
-        found = [(axis, *self.count(d)) for axis, d in enumerate(shape_of(ty))]
-        found = [f for f in found if f[1] is not None]
+        counts = [(axis, *self.count(d)) for axis, d in enumerate(shape_of(ty))]
+        found = [Token(axis, 1, count, rows) for axis, rows, count in counts if rows is not None]
         if len(found) > 1:
             raise Mixing("its result has two token axes")
-        return Token(found[0][0], 1, found[0][2], found[0][1]) if found else UNIFORM
+        return found[0] if found else UNIFORM
 
     def agrees(self, state: State, ty) -> None:
         """The check on every rule: the rows that a state claims are those of the type, and there are no others."""
@@ -208,6 +209,8 @@ class Analysis:
             for s, t in zip(states, ty.fields, strict=True):
                 self.agrees(s, t)
             return
+        if isinstance(state, tuple):
+            raise Mixing("there is no rule for a tuple here")
         for axis, dimension in enumerate(shape_of(ty)):
             expected = (state.rows, state.outer * state.inner) if state and axis == state.axis else (None, 0)
             if self.count(dimension) != expected:

@@ -77,6 +77,18 @@ class Site:
             return set(range(rank))
         return {int(a) % rank for a in ([axes] if isinstance(axes, (int, tirx.IntImm)) else axes)}
 
+    def token(self, index: int) -> Token:
+        """The state of an argument that must have a token axis."""
+        state = self.states[index]
+        if not isinstance(state, Token):
+            raise Mixing("one of its other operands depends on the token")
+        return state
+
+    def fields(self, index: int) -> tuple[State, ...]:
+        """The states of the fields of an argument that is a tuple."""
+        state = self.states[index]
+        return state if isinstance(state, tuple) else (state,)
+
     def each(self, state: State) -> State:
         """`state` for a result that may be a tuple."""
         return (state,) * len(self.call.ty.fields) if isinstance(self.call.ty, relax.TupleType) else state
@@ -131,24 +143,25 @@ def rule(*ops: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def common(site: Site, *aligned: tuple[State, int]) -> Token:
+def common(*aligned: tuple[State, int]) -> Token:
     """The one token axis of operands whose axes are those of the result shifted by a number each."""
-    found = {s.at(s.axis + shift) for s, shift in aligned if s is not UNIFORM}
-    if len(found) != 1 or not isinstance(next(iter(found)), Token):
+    found = {s.at(s.axis + shift) if isinstance(s, Token) else s for s, shift in aligned if s is not UNIFORM}
+    token = next(iter(found), None)
+    if len(found) != 1 or not isinstance(token, Token):
         raise Mixing(f"its operands have their tokens on different axes: {sorted(map(str, found))}")
-    return found.pop()
+    return token
 
 
 @rule(*ELEMENTWISE)
 def elementwise(site: Site) -> State:
     """Numpy's broadcasting: axes count from the right."""
     rank = len(site.out)
-    return common(site, *((s, rank - site.rank(i)) for i, s in enumerate(site.states) if s is not UNIFORM))
+    return common(*((s, rank - site.rank(i)) for i, s in enumerate(site.states) if s is not UNIFORM))
 
 
 @rule(*REDUCTIONS)
 def reduction(site: Site) -> State:
-    x, rank = site.states[0], site.rank(0)
+    x, rank = site.token(0), site.rank(0)
     axes = site.axes(rank)
     if x.axis in axes:
         raise Mixing(f"it reduces over the token axis (axis {x.axis} of {shape_text(site.shape(0))})")
@@ -157,7 +170,7 @@ def reduction(site: Site) -> State:
 
 @rule(*ALONG)
 def along(site: Site) -> State:
-    x = site.states[0]
+    x = site.token(0)
     if x.axis in site.axes(site.rank(0)):
         raise Mixing(f"it works along the token axis (axis {x.axis} of {shape_text(site.shape(0))})")
     return site.each(x)
@@ -165,8 +178,8 @@ def along(site: Site) -> State:
 
 @rule("nn.layer_norm", "nn.rms_norm")
 def normalization(site: Site) -> State:
-    x, *parameters = site.states
-    if x is UNIFORM or any(parameters):
+    x = site.token(0)
+    if any(site.states[1:]):
         raise Mixing("its weights depend on the token")
     if x.axis in site.axes(site.rank(0), "axes"):
         raise Mixing("it normalises over the token axis")
@@ -175,8 +188,8 @@ def normalization(site: Site) -> State:
 
 @rule("nn.group_norm")
 def group_norm(site: Site) -> State:
-    x, *parameters = site.states
-    if x is UNIFORM or any(parameters):
+    x = site.token(0)
+    if any(site.states[1:]):
         raise Mixing("its weights depend on the token")
     if x.axis in site.axes(site.rank(0), "axes") | {int(site.attr("channel_axis")) % site.rank(0)}:
         raise Mixing("it normalises over the token axis")
@@ -188,18 +201,15 @@ def matmul(site: Site) -> State:
     (a, b), (rank_a, rank_b) = site.states, (site.rank(0), site.rank(1))
     # As if both had two axes at least: [1, k] for a vector on the left, [k, 1] for one on the right.
     full = max(rank_a, rank_b, 2)
-    places = []
-    if a is not UNIFORM:
-        if a.axis == rank_a - 1:
-            raise Mixing("it contracts the token axis")
-        places.append(a.at(a.axis + full - max(rank_a, 2)))
-    if b is not UNIFORM:
-        if b.axis == max(rank_b - 2, 0):
-            raise Mixing("it contracts the token axis")
-        places.append(b.at(b.axis + full - max(rank_b, 2)))
-    if len(set(places)) > 1:
+    places = set()
+    for state, rank, contracted in ((a, rank_a, rank_a - 1), (b, rank_b, max(rank_b - 2, 0))):
+        if isinstance(state, Token):
+            if state.axis == contracted:
+                raise Mixing("it contracts the token axis")
+            places.add(state.at(state.axis + full - max(rank, 2)))
+    if len(places) > 1:
         raise Mixing("it multiplies tokens with tokens")
-    place = places[0]
+    place = places.pop()
     return place.at(place.axis - 1) if rank_a == 1 and place.axis == full - 1 else place
 
 
@@ -208,26 +218,23 @@ def einsum(site: Site) -> State:
     inputs, arrow, output = site.attr("subscripts").replace(" ", "").partition("->")
     if not arrow or "." in inputs:
         raise Mixing(f"there is no rule for the subscripts {inputs}")
-    found = {}
-    for letters, state in zip(inputs.split(","), site.states[0], strict=True):
-        if state is not UNIFORM:
-            found[letters[state.axis]] = state
+    operands = list(zip(inputs.split(","), site.fields(0), strict=True))
+    found = {letters[s.axis]: s for letters, s in operands if isinstance(s, Token)}
     (letter, state), *more = found.items()
     if more:
         raise Mixing("it multiplies tokens with tokens")
     if letter not in output:
         raise Mixing("it contracts the token axis")
-    if any(letter in letters and s is UNIFORM for letters, s in zip(inputs.split(","), site.states[0], strict=True)):
+    same = {s.at(0) if isinstance(s, Token) else s for letters, s in operands if letter in letters}
+    if same != {state.at(0)}:
         raise Mixing("its operands have their tokens on different axes")
-    if len({(s.outer, s.inner, s.rows) for s in site.states[0] if s is not UNIFORM}) > 1:
-        raise Mixing("its operands have their tokens in different order")
     return state.at(output.index(letter))
 
 
 @rule("reshape", "squeeze", "expand_dims", "flatten", "nn.batch_flatten")
 def regroup(site: Site) -> State:
     """The elements in their order, in other dimensions: a token's are `outer` runs of `inner` times what follows."""
-    x, old, new = site.states[0], site.shape(0), site.out
+    x, old, new = site.token(0), site.shape(0), site.out
     run = x.inner * prod(static(d) for d in old[x.axis + 1 :])
     after = 1
     for axis in reversed(range(len(new))):
@@ -249,21 +256,21 @@ def static(dimension: tirx.PrimExpr) -> int:
 
 @rule("permute_dims")
 def permute_dims(site: Site) -> State:
-    x, axes = site.states[0], site.attr("axes")
+    x, axes = site.token(0), site.attr("axes")
     order = [int(a) % site.rank(0) for a in axes] if axes is not None else list(reversed(range(site.rank(0))))
     return x.at(order.index(x.axis))
 
 
 @rule("broadcast_to")
 def broadcast_to(site: Site) -> State:
-    x = site.states[0]
+    x = site.token(0)
     return x.at(x.axis + len(site.out) - site.rank(0))
 
 
 @rule("concat", "stack")
 def join(site: Site) -> State:
-    parts, axis = site.states[0], int(site.attr("axis") or 0) % len(site.out)
-    token = common(site, *((s, 0) for s in parts))
+    parts, axis = site.fields(0), int(site.attr("axis") or 0) % len(site.out)
+    token = common(*((s, 0) for s in parts))
     if site.call.op.name == "relax.stack":
         return token.at(token.axis + 1) if axis <= token.axis else token
     if any(s is UNIFORM for s in parts) or token.axis == axis:
@@ -273,7 +280,7 @@ def join(site: Site) -> State:
 
 @rule("split")
 def split(site: Site) -> State:
-    x = site.states[0]
+    x = site.token(0)
     if x.axis in site.axes(site.rank(0)):
         raise Mixing("it splits the token axis")
     return site.each(x)
@@ -282,9 +289,7 @@ def split(site: Site) -> State:
 @rule("strided_slice")
 def strided_slice(site: Site) -> State:
     """Whole on the token axis; on any other, bounds that don't depend on the number of tokens."""
-    x = site.states[0]
-    if x is UNIFORM:
-        raise Mixing("its bounds depend on the token")
+    x = site.token(0)
     fields = [list(a.fields) for a in site.args[1:]]
     axes, begins, ends = fields[:3]
     strides = fields[3] if len(fields) > 3 else [1] * len(axes)
@@ -308,7 +313,7 @@ def same_rows(site: Site, axis: int) -> bool:
 @rule("repeat", "tile")
 def repeat(site: Site) -> State:
     """repeat: each element in place; tile: the whole axis again and again."""
-    x = site.states[0]
+    x = site.token(0)
     if site.call.op.name == "relax.repeat" and site.attr("axis") is None and site.rank(0) > 1:
         raise Mixing("there is no rule for a repeat of a flattened tensor")
     axis = x.axis + len(site.out) - site.rank(0)
@@ -333,7 +338,8 @@ def take(site: Site) -> State:
             raise Mixing("the answer rows pick from something that is not one row a token")
         return Token(axis, rows="answer")
     if x is UNIFORM:
-        return index.at(axis + index.axis)
+        return site.token(1).at(axis + site.token(1).axis)
+    x = site.token(0)
     if index is not UNIFORM:
         raise Mixing("the table and the index both depend on the token")
     if axis == x.axis:
@@ -348,9 +354,9 @@ def by_element(site: Site) -> State:
     tensors = [s for s, a in zip(site.states, site.args, strict=True) if getattr(a.ty, "shape", None) is not None]
     axis = site.attr("axis", 0)
     axis = int(getattr(axis, "value", axis)) % site.rank(0)
-    if x is UNIFORM and site.call.op.name == "relax.gather_elements" and site.states[1].axis == axis:
-        return site.states[1]  # a table that all tokens share, read by the token's index
-    if any(s != x for s in tensors) or x is UNIFORM:
+    if x is UNIFORM and site.call.op.name == "relax.gather_elements" and site.token(1).axis == axis:
+        return site.token(1)  # a table that all tokens share, read by the token's index
+    if any(s != x for s in tensors) or not isinstance(x, Token):
         raise Mixing("its operands have their tokens on different axes")
     if x.axis == axis:
         raise Mixing("it works along the token axis")
@@ -359,14 +365,14 @@ def by_element(site: Site) -> State:
 
 @rule("one_hot")
 def one_hot(site: Site) -> State:
-    x = site.states[0]
+    x = site.token(0)
     axis = int(site.attr("axis")) % len(site.out)
     return x.at(x.axis + 1) if axis <= x.axis else x
 
 
 @rule("nn.pad")
 def pad(site: Site) -> State:
-    x, widths = site.states[0], [int(w) for w in site.attr("pad_width")]
+    x, widths = site.token(0), [int(w) for w in site.attr("pad_width")]
     if any(widths[2 * x.axis : 2 * x.axis + 2]):
         raise Mixing("it pads the token axis")
     return x
@@ -374,7 +380,7 @@ def pad(site: Site) -> State:
 
 @rule("tril", "triu")
 def triangle(site: Site) -> State:
-    x = site.states[0]
+    x = site.token(0)
     if x.axis >= site.rank(0) - 2 or any(s is not UNIFORM for s in site.states[1:]):
         raise Mixing("its triangle lies on the token axis")
     return x

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tvm
 
@@ -51,7 +51,7 @@ def run(
     record: list[dict] = []
     index = 0
     for stage in stages:
-        entry = {"name": stage.name, "seconds": 0.0, "passes": []}
+        entry: dict[str, Any] = {"name": stage.name, "seconds": 0.0, "passes": []}
         record.append(entry)
         current: Pass | None = None
         try:

@@ -77,7 +77,7 @@ class _Raise(Rewriter):
         if isinstance(x, tvm.ir.GenericConst):
             data = x.value.numpy()
             return data.flat[0].item() if data.size and (data == data.flat[0]).all() else None
-        value = self.values.get(x) if isinstance(x, relax.Var) else x
+        value = self.values.get(x, x) if isinstance(x, relax.Var) else x
         name = op_name(value)
         if name in ("ones", "ones_like"):
             return 1
@@ -91,7 +91,7 @@ class _Raise(Rewriter):
             constant = self.constant(value.args[0])
             integral = constant is not None and float(constant).is_integer()
             return constant if integral and str(value.ty.dtype) != "bool" else None
-        return self.constant(value) if isinstance(value, (relax.Var, tvm.ir.GenericConst)) else None
+        return None
 
 
 def _number(value) -> float | None:
