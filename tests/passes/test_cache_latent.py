@@ -7,6 +7,7 @@ from tvm.relax import op as R
 
 from llmc.ir.driver import state_of
 from llmc.ir.evaluate import Reference
+from llmc.ir.text import text
 from llmc.passes.cache_latent import CacheLatent
 from llmc.passes.page_attention import PageAttention
 from tests import decoders, serving
@@ -140,3 +141,7 @@ def test_half_precision():
 def test_what_is_no_latent_is_left_alone(make):
     decoder = make(layers=1)
     assert absorbed(decoder) is decoder.module
+
+
+def test_expected(golden):
+    golden("cache_latent.txt", text(absorbed(Latent(layers=1))))

@@ -7,6 +7,7 @@ from tvm.relax import op as R
 
 from llmc.ir.evaluate import evaluate
 from llmc.ir.rewrite import bindings, op_name
+from llmc.ir.text import text
 from llmc.passes.fuse_projections import FuseProjections
 from llmc.passes.goal import Goal
 from tests import decoders
@@ -116,3 +117,7 @@ def test_results_of_another_dtype_are_left_alone():
 def test_nothing_to_fuse_leaves_the_module():
     module = fused(decoders.Decoder(layers=1))
     assert FuseProjections().run(module, Goal()) is module
+
+
+def test_expected(golden):
+    golden("fuse_projections.txt", text(fused(decoders.Decoder(layers=1, bias=True, stored="bfloat16"))))

@@ -9,6 +9,7 @@ from tvm.relax import op as R
 from llmc.ir import ops
 from llmc.ir.driver import Driver
 from llmc.ir.rewrite import Rewriter, bindings, op_name
+from llmc.ir.text import text
 from llmc.passes.gather_logits import GatherLogits
 from llmc.passes.page_attention import PageAttention
 from llmc.passes.split_embedding import SplitEmbedding
@@ -104,3 +105,7 @@ class Reversed(Rewriter):
 def test_wrongly_gathered_rows_show():
     decoder = decoders.Decoder()
     assert serving.error_of(Reversed(gathered(decoder), "step").run(), decoder) > 1e-2
+
+
+def test_expected(golden):
+    golden("gather_logits.txt", text(gathered(Experts(layers=1))))

@@ -8,6 +8,7 @@ from llmc.ir import paging
 from llmc.ir.driver import Driver, state_of
 from llmc.ir.ops import op_of
 from llmc.ir.rewrite import Rewriter
+from llmc.ir.text import text
 from llmc.passes.page_attention import PageAttention
 from tests import decoders, serving
 from tests.serving import GOAL, TOLERANCE
@@ -169,3 +170,7 @@ def test_the_driver_starts_from_nothing():
     driver = Driver(paged(decoder), decoder.weights)
     assert all(np.isnan(p.numpy()).all() for p in driver.pools.values())
     assert driver.length("a") == 0
+
+
+def test_expected(golden):
+    golden("page_attention.txt", text(paged(decoders.Decoder(layers=1, windows=(6,), sinks=True))))

@@ -9,6 +9,7 @@ from tvm.relax import op as R
 from llmc.ir.driver import Driver
 from llmc.ir.errors import CompileError
 from llmc.ir.rewrite import bindings, op_name
+from llmc.ir.text import text
 from llmc.passes.page_attention import PageAttention
 from llmc.passes.split_embedding import SplitEmbedding
 from tests import decoders, serving
@@ -126,3 +127,7 @@ class Blind(decoders.Decoder):
 def test_a_program_without_lookup_is_refused():
     with pytest.raises(CompileError, match="found no lookup"):
         split(Blind())
+
+
+def test_expected(golden):
+    golden("split_embedding.txt", text(split(PerLayer(layers=1, stored="bfloat16"))))
