@@ -12,7 +12,7 @@ from tvm.relax import op as R
 from llmc.ir import ops
 
 
-@dataclass
+@dataclass(eq=False)
 class Decoder:
     """A decoder of `layers` blocks: norm, attention with rotary positions, norm, gated MLP; `module` and `weights`.
 

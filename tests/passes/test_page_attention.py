@@ -141,10 +141,17 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_shows(fault):
+@pytest.fixture(scope="module")
+def everything():
+    """A decoder that has all that can be lost."""
     decoder = decoders.Decoder(windows=(6, 0), chunks=(0, 7), softcap=1.5)
-    assert serving.error_of(Fault(paged(decoder), FAULTS[fault]).run(), decoder) > 1e-3
+    return decoder, paged(decoder)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_shows(everything, fault):
+    decoder, module = everything
+    assert serving.error_of(Fault(module, FAULTS[fault]).run(), decoder) > 1e-3
 
 
 def test_a_lost_sink_shows():
