@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import AttentionMaskInterface
@@ -154,15 +155,14 @@ def build(model_class: type, config, dtype: torch.dtype) -> nn.Module:
                 if id(parameter) not in placeholders:
                     placeholders[id(parameter)] = (parameter, placeholder(parameter.shape, parameter.dtype))
                 module._parameters[name] = placeholders[id(parameter)][1]
-    for pattern, kept in model._get_dtype_plan(dtype).items():
-        for module_name, module in model.named_modules():
+    plan = model._get_dtype_plan(dtype)
+    if plan:
+        found, kept, _ = build_glob_alternation(list(plan))
+        for path, module in model.named_modules():
             for name, parameter in module._parameters.items():
-                if (
-                    parameter is not None
-                    and pattern in f"{module_name}.{name}".split(".")
-                    and parameter.is_floating_point()
-                ):
-                    module._parameters[name] = placeholder(parameter.shape, kept)
+                match = found.search(f"{path}.{name}") if parameter is not None else None
+                if match is not None and parameter.is_floating_point():
+                    module._parameters[name] = placeholder(parameter.shape, plan[kept[match.lastgroup]])
     return model
 
 

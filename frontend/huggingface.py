@@ -350,7 +350,23 @@ def _explained(config, what: str, action):
                 f"{config.model_type}: expected a model that goes through transformers' attention interface, found one "
                 "with attention code of its own: not supported"
             ) from error
+        reason = next((words for sign, words in REASONS if sign in f"{type(error).__name__} {error}"), None)
+        if reason:
+            raise SourceError(f"{config.model_type}: {reason}: not supported") from error
         raise SourceError(f"{config.model_type}: cannot {what}: {_first_line(error)}") from error
+
+
+# What PyTorch says when a model cannot be exported, and what that means.
+REASONS = (
+    (
+        "GuardOnDataDependent",
+        "expected code that is the same for all values, found code that branches or loops over what it computed",
+    ),
+    (
+        "Constraints violated",
+        "expected code for any length, found code that fixes the length or goes token by token (recurrence)",
+    ),
+)
 
 
 def _first_line(error: BaseException) -> str:

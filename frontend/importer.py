@@ -36,6 +36,14 @@ ALIASES = {
     "concatenate": "cat",
     "clip": "clamp",
 }
+# On numbers of 16 bits PyTorch computes these in float32 and rounds once; TVM would round at every step, and it sorts
+# bfloat16 by its bits.
+WIDE = {
+    *("sum", "mean", "std", "var", "prod", "cumsum", "logsumexp", "linalg_vector_norm", "topk", "sort", "argsort"),
+    *("softmax", "_softmax", "log_softmax", "_log_softmax", "layer_norm", "native_layer_norm", "group_norm"),
+    *("sigmoid", "silu", "gelu", "tanh", "exp", "expm1", "log", "log1p", "softplus", "erf", "elu", "mish"),
+    *("rsqrt", "sqrt", "pow", "cos", "sin", "reciprocal"),
+}
 CHECKS = ("_assert_tensor_metadata.default", "_assert_scalar.default", "_assert_async.msg", "_assert_async.default")
 
 
@@ -139,16 +147,27 @@ class Importer(translator.ExportedProgramImporter):
     def _convert_pytorch_tensor_to_tvm(tensor):
         if isinstance(tensor, torch.nn.Parameter):  # a placeholder: TVM lists it and nobody reads it
             return tvm.runtime.tensor(np.zeros((), "float32"))
+        tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         return translator.ExportedProgramImporter._convert_pytorch_tensor_to_tvm(tensor.contiguous())
+
+    @staticmethod
+    def _convert_data_type(input_type, env=None):
+        if input_type == torch.complex64:  # a real tensor with a last axis of 2
+            return "float32"
+        return translator.ExportedProgramImporter._convert_data_type(input_type, env)
 
     def create_input_vars(self, program):
         variables, inputs, ranges = super().create_input_vars(program)
         kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+        buffers = {**program.constants, **dict(program.named_buffers())}
         parameters, first = {}, {}
         self._computed = {}  # placeholder -> (parameter, dtype the model computes in)
         for name, variable in variables.items():
             spec = kinds[name]
             if spec.kind is not torch.export.graph_signature.InputKind.PARAMETER:
+                value = buffers.get(spec.target)
+                if value is not None and value.is_complex():
+                    variable = relax.Var(name, relax.TensorType([*value.shape, 2], variable.ty.dtype))
                 parameters[name] = variable
                 continue
             weight = self.names[spec.target]
@@ -224,8 +243,12 @@ class Importer(translator.ExportedProgramImporter):
         """A converter whose result has the dtype, rank and static dimensions that PyTorch gave the node."""
 
         def run(node: fx.Node):
-            out, want = convert(node), node.meta.get("val")
+            wide = node.target.__name__.split(".")[0] in WIDE
+            out, want = self._widened(convert, node) if wide else convert(node), node.meta.get("val")
             found = getattr(out, "ty", None)
+            if isinstance(found, relax.TupleType) and wide:
+                fields = [self.emit(relax.TupleGetItem(out, i)) for i in range(len(found.fields))]
+                return [self._cast(x, dtype_name(v.dtype)) for x, v in zip(fields, want, strict=True)]
             if not isinstance(want, torch.Tensor) or want.is_complex() or not isinstance(found, relax.TensorType):
                 return out
             if found.dtype != dtype_name(want.dtype):
@@ -247,6 +270,16 @@ class Importer(translator.ExportedProgramImporter):
             return out
 
         return run
+
+    def _widened(self, convert, node: fx.Node):
+        """The node on operands in float32, where they are of 16 bits."""
+        operands = {n: self.env[n] for n in node.all_input_nodes}
+        for n, x in operands.items():
+            if isinstance(getattr(x, "ty", None), relax.TensorType) and x.ty.dtype in ("bfloat16", "float16"):
+                self.env[n] = self.emit(R.astype(x, "float32"))
+        out = convert(node)
+        self.env.update(operands)
+        return out
 
     def emit(self, x: relax.Expr) -> relax.Var:
         return self.block_builder.emit(x)

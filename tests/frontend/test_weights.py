@@ -86,7 +86,7 @@ def test_a_tensor_of_8_bit_floats_is_refused_when_it_is_read(tmp_path):
     path = header(
         tmp_path / "a.safetensors", {"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}, b"1234"
     )
-    with pytest.raises(SourceError, match="a: expected one of .* found dtype F8_E4M3"):
+    with pytest.raises(SourceError, match=r"a: expected one of .* found dtype F8_E4M3"):
         open_safetensors(path)["a"].read()
 
 
