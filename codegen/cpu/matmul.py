@@ -15,7 +15,7 @@ from tvm.tirx.script import builder as T
 from llmc.targets import CpuTarget
 
 from .pack import Panels, panels
-from .vector import Vector, bits, choose, i64, kernel, loop, scratch, share_out, when
+from .vector import Vector, bits, choose, i64, kernel, loop, opaque, scratch, share_out, when
 
 RUN = 4  # elements of one row that lie together in a block
 _GATES = {"silu": Vector.silu, "gelu_tanh": Vector.gelu_tanh}
@@ -322,15 +322,19 @@ def matmul(
 
         choose([(n <= block, serial)], parallel)
 
+        # Every pass over the weight serves equally many rows: a short last one would read it all for little.
+        passes = opaque(T.floordiv(n + (at_once - 1), T.int64(at_once)))
+        blocks_at_once = T.floordiv(n + (block * passes - 1), T.max(block * passes, T.int64(1)))
+        rows_at_once = opaque(blocks_at_once * block)
+
         def work(item: Any, tile: Any) -> None:
-            base = T.bind(T.floordiv(item, T.int64(draws)) * at_once)
-            rows = T.bind(T.min(n - base, T.int64(at_once)))
+            base = opaque(T.floordiv(item, T.int64(draws)) * rows_at_once)
+            rows = opaque(T.min(n - base, rows_at_once))
             first = T.bind(T.floormod(item, T.int64(draws)) * step)
             with loop(first, T.min(first + step, T.int64(layout.count))) as p:
                 product.multiply(blocks, w, [], p, base, rows, tile)
                 product.store(tile, p, rows, lambda r: base + r, y, bias, residual, [])
 
-        superblocks = T.floordiv(n + (at_once - 1), T.int64(at_once))
-        share_out(superblocks * draws, work, lambda: product.tile(T.min(n, T.int64(at_once))))
+        share_out(passes * draws, work, lambda: product.tile(T.min(n, T.int64(at_once))))
 
     return kernel(name, params, body, target)

@@ -14,9 +14,6 @@ from tvm.tirx.script import builder as T
 
 from llmc.targets import CpuTarget
 
-# More workers than this are never used. A worker that finds no work left returns at once.
-MAX_WORKERS = 256
-
 _DRAW = """
 define linkonce_odr i32 @llmc_draw(ptr %counter) alwaysinline {
   %ticket = atomicrmw add ptr %counter, i32 1 monotonic
@@ -94,7 +91,7 @@ def choose(cases: Sequence[tuple[Any, Callable[[], None]]], otherwise: Callable[
 
 def variable(dtype: str, value: Any) -> Any:
     """A scalar that can be assigned: v[0]."""
-    v = T.alloc_buffer((1,), dtype, scope="local")
+    v = T.alloc_buffer((1,), dtype)  # on the stack, as are all up to 1024 bytes; of scope "local", none would be
     T.buffer_store(v, value, [0])
     return v
 
@@ -135,7 +132,8 @@ def share_out(items: Any, work: Callable[[Any], None], setup: Callable[[], Any] 
     def draw():
         return T.call_extern("int32", "llmc_draw", T.address_of(counter[0]))
 
-    with T.parallel(MAX_WORKERS), when(counter[0] < count):
+    threads = T.bind(T.Cast("int32", T.call_packed("runtime.NumThreads")))
+    with T.parallel(T.max(T.min(threads, count), T.int32(0))):
         state = setup()
         ticket = variable("int32", draw())
         with T.While(ticket[0] < count):
@@ -276,15 +274,15 @@ class Register:
 
     def __init__(self, vector: Vector, value: Any = None):
         self.vector = vector
-        self.buffer = T.alloc_buffer((1,), vector.f32, scope="local")
+        self.buffer = T.alloc_buffer((vector.lanes,), "float32")
         if value is not None:
             self.set(value)
 
     def get(self) -> Any:
-        return self.buffer[0]
+        return self.buffer.vload([0], self.vector.f32)
 
     def set(self, value: Any) -> None:
-        T.buffer_store(self.buffer, value, [0])
+        self.vector._write(self.buffer, value, [0])
 
 
 def bits(buffer: Any) -> Any:
