@@ -55,7 +55,7 @@ class Pages:
             indptr.append(indptr[-1] + len(pages))
             indices += pages
             last.append(length - (len(pages) - 1) * self.page_size)
-        return tuple(np.array(a, "int32") for a in (indptr, indices, last))
+        return np.array(indptr, "int32"), np.array(indices, "int32"), np.array(last, "int32")
 
 
 class Driver:
@@ -114,15 +114,16 @@ class Driver:
         values = {k: np.asarray(v, "int32") for k, v in values.items()} | self.pools
         if "embed" in self.inputs:
             values["hidden"] = self.call("embed", values)
-        out = self.call("step", values)
-        out = list(out) if isinstance(out, tuple) else [out]
+        result = self.call("step", values)
+        out = list(result) if isinstance(result, tuple) else [result]
         if "logit_rows" not in self.inputs["step"]:
             out[0] = out[0][values["logit_rows"]]
         ends = np.cumsum([len(r) for r in asked.values()])
         parts = [np.split(x, ends[:-1] * (len(x) // max(ends[-1], 1))) for x in out]
         return dict(zip(batch, map(list, zip(*parts, strict=True)), strict=True))
 
-    def call(self, function: str, values: Mapping[str, object]) -> np.ndarray:
+    def call(self, function: str, values: Mapping[str, object]):
+        """What a function returns, its parameters filled from `values` and the weights."""
         inputs = [values[name] for name in self.inputs[function]]
         return self.reference(*inputs, *self.weights[function], function=function)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import tvm
@@ -110,12 +111,12 @@ class _Absorber(Rewriter):
         source, rows = movement.source(elements[:, begin:end])
         if source is None:
             return None
-        product = self.bound.get(source)
+        product: Any = self.bound.get(source)
         while op_name(product) == "astype":
             product = self.bound.get(product.args[0])
         if op_name(product) != "matmul" or not self.is_one_row(product.args[0]):
             return None
-        turned = self.bound.get(product.args[1])
+        turned: Any = self.bound.get(product.args[1])
         if op_name(turned) != "permute_dims" or not self.is_weight(turned.args[0]):
             return None
         heads, stride = len(rows), int(turned.args[0].ty.shape[0]) // len(rows)

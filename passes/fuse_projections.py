@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import tvm
 from tvm import relax
@@ -103,11 +104,11 @@ class _Fuser(Rewriter):
                 found.setdefault(key, []).append((var, weight))
         return [self.group(members) for members in found.values() if len(members) > 1]
 
-    def weight_of(self, value: relax.Expr) -> relax.Var | None:
+    def weight_of(self, value: Any) -> relax.Var | None:
         """The weight [o, i] that an activation [n, i] is multiplied with; None if `value` is no such product."""
         if op_name(value) != "matmul" or len(value.args[0].ty.shape) != 2 or value.args[0] in self.uniform:
             return None
-        turned = self.bound.get(value.args[1])
+        turned: Any = self.bound.get(value.args[1])
         if op_name(turned) != "permute_dims" or len(turned.ty.shape) != 2 or turned.args[0] not in self.uniform:
             return None
         axes = turned.attrs.axes
@@ -176,7 +177,7 @@ class _Fuser(Rewriter):
 
     def joined(self, values: list[relax.Var]) -> relax.Var:
         """Weights one below the other; if all are cast alike, they are joined as they are stored."""
-        casts = [self.bound.get(v) for v in values]
+        casts: list[Any] = [self.bound.get(v) for v in values]
         if all(op_name(c) == "astype" for c in casts) and len({dtype_of(c.args[0]) for c in casts}) == 1:
             stored = self.emit(R.concat([self.early(c.args[0]) for c in casts], axis=0))
             return self.emit(R.astype(stored, dtype_of(values[0])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import tvm
@@ -65,7 +66,7 @@ class Movement:
 
     def moved(self, x: relax.Var) -> np.ndarray | None:
         """The numbers of x, if it is bound to an op that moves elements; else None."""
-        value = self.bound.get(x)
+        value: Any = self.bound.get(x)
         if isinstance(value, relax.Var):
             return self.elements(value)
         if isinstance(value, relax.TupleGetItem):
@@ -87,14 +88,14 @@ class Movement:
             return self.scatter(value)
         return None
 
-    def part(self, value: relax.Expr, index: int) -> np.ndarray | None:
+    def part(self, value: Any, index: int) -> np.ndarray | None:
         if op_name(value) != "split":
             return None
         cuts, axis = value.attrs.indices_or_sections, int(value.attrs.axis)
         cuts = int(cuts) if isinstance(cuts, (int, tirx.IntImm)) else [int(c) for c in cuts]
         return np.split(self.elements(value.args[0]), cuts, axis)[index]
 
-    def slice(self, value: relax.Call) -> np.ndarray | None:
+    def slice(self, value: Any) -> np.ndarray | None:
         x = self.elements(value.args[0])
         axes, begin, end, *rest = ([number(f) for f in t.fields] for t in value.args[1:])
         steps = rest[0] if rest else [1] * len(axes)
@@ -105,7 +106,7 @@ class Movement:
             index[axis] = slice(b, e if e < 2**31 else None, s)
         return x[tuple(index)]
 
-    def scatter(self, value: relax.Call) -> np.ndarray | None:
+    def scatter(self, value: Any) -> np.ndarray | None:
         begin, end, step = (number(f) for f in value.args[2:5])
         if None in (begin, end, step):
             return None
@@ -116,8 +117,8 @@ class Movement:
         return x
 
 
-def number(field: relax.Expr) -> int | None:
-    """A constant of an op's argument; None where it is no constant."""
+def number(field: Any) -> Any:
+    """A constant of an op's argument, an int; None where it is no constant."""
     value = getattr(field, "value", field)
     value = getattr(value, "value", value)
     return int(value) if isinstance(value, int) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import tvm
 from tvm import relax, tirx
@@ -88,7 +89,7 @@ class _Pager(Rewriter):
 
     def is_first_columns(self, v: relax.Expr, k: relax.Expr) -> bool:
         """Is v bound to the first columns of k, all heads?"""
-        value = self.bound.get(v)
+        value: Any = self.bound.get(v)
         if op_name(value) != "strided_slice" or not value.args[0].same_as(k):
             return False
         axes, begin, *_ = ([int(x.value) for x in t.fields] for t in value.args[1:3])

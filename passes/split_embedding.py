@@ -131,7 +131,7 @@ class _Embed(Rewriter):
             return self.again(value)
         # Rows are cast after the lookup, not the whole table before it.
         table, dtype = value.args[0], dtype_of(var)
-        while op_name(inner := self.lookups.bound.get(table)) == "astype":
+        while op_name(inner := self.lookups.bound.get(table, table)) == "astype":
             table = inner.args[0]
         rows = R.take(self.get(table), self.get(value.args[1]), 0, value.attrs.mode)
         return rows if dtype_of(table) == dtype else R.astype(self.emit(rows), dtype)

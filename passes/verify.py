@@ -201,7 +201,7 @@ class Point(NamedTuple):
 
     layer: int
     op: str
-    count: int  # which of its kind in the layer
+    which: int  # of its kind in the layer
     value: str
 
 
