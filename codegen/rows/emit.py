@@ -214,6 +214,8 @@ class _Emit:
     # Statements
 
     def store(self, s: Store) -> None:
+        if s.to.size == 0:  # the part that a full rotary embedding leaves alone
+            return
         to, value = collapsed(s.to, s.value)
         *outer, extent = to.shape
         lanes = self.lanes(value, extent)
@@ -367,15 +369,16 @@ class Accumulator:
                 start = T.float32(-math.inf if op == "max" else math.inf)
         else:
             start = tvm.tirx.const(start, element)
-        self.element = element
-        self.buffer = T.alloc_buffer((1,), self.dtype, scope="local")
+        # Of the default scope: on the stack, and LLVM keeps it in a register.
+        self.buffer = T.alloc_buffer((vector.lanes,), element)
         self.set(vector.broadcast(start))
 
     def get(self) -> Any:
-        return self.buffer[0]
+        return self.buffer.vload([0], self.dtype)
 
     def set(self, value: Any) -> None:
-        T.buffer_store(self.buffer, value, [0])
+        lanes = self.vector.lanes
+        T.buffer_store(self.buffer, value, [0 if lanes == 1 else T.ramp(0, 1, lanes)])
 
     def add(self, value: Any) -> None:
         self.set(combine(self.op, self.get(), value))
@@ -384,9 +387,7 @@ class Accumulator:
         """The lanes as one number: halves onto each other."""
         if self.vector.lanes == 1:
             return T.bind(self.get())
-        spread = T.alloc_buffer((self.vector.lanes,), self.element, scope="local")
-        T.buffer_store(spread, self.get(), [T.ramp(0, 1, self.vector.lanes)])
-        lanes = [T.bind(spread[i]) for i in range(self.vector.lanes)]
+        lanes = [T.bind(self.buffer[i]) for i in range(self.vector.lanes)]
         while len(lanes) > 1:
             half = len(lanes) // 2
             lanes = [T.bind(combine(self.op, lanes[i], lanes[i + half])) for i in range(half)]

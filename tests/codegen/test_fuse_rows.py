@@ -156,6 +156,11 @@ CASES = {
         lambda e, x, y: R.multiply(e(R.add(x, y)), const(0.5, "bfloat16")),
         2e-2,
     ),
+    "nothing_left": (
+        [X],
+        lambda e, x: R.concat([x, e(R.strided_slice(x, [1], [48], [48]))], axis=1),
+        0,
+    ),
     "wide": ([(F, ("n", 700))], lambda e, x: R.subtract(x, e(R.mean(x, [1], keepdims=True))), 2e-6),
 }  # fmt: skip
 
