@@ -29,7 +29,8 @@ def compiled(goal, tmp_path_factory):
     def build(model):
         folder = tmp_path_factory.mktemp("compiled")
         lowered = codegen.lower(model.module, goal)
-        library = codegen.build(lowered, goal.target, folder / codegen.library_name(goal.target))
+        library = folder / codegen.library_name(goal.target)
+        codegen.build(lowered, goal.target, library)
         sources = {k: Array(v) for k, v in model.weights.items()}
         with WeightsWriter(folder / "weights.safetensors", codegen.weight_specs(lowered.recipes)) as writer:
             codegen.write_weights(lowered.recipes, sources, writer)

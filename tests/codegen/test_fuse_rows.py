@@ -215,7 +215,7 @@ def run_all(sizes):
     kernels = Reference.__new__(Reference)
     target = tvm.target.Target(goal.target.llvm())
     with target, tvm.transform.PassContext(disabled_pass=["s_tir.CompactBufferAllocation"]):
-        planned = _plan(Legalize().run(made, goal))
+        planned, _ = _plan(Legalize().run(made, goal))
         kernels.machine = relax.VirtualMachine(relax.build(planned, target, relax_pipeline=None), tvm.cpu())
     plain = Reference(module())
 

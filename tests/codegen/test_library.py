@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from llmc import targets
-from llmc.codegen.library import _link, library_name
+from llmc import codegen, targets
+from llmc.codegen.library import MAX_STEP_TOKENS, _link, _plan, library_name
 from llmc.ir.errors import CompileError
 from llmc.ir.evaluate import Reference
 from tests.codegen import machine
@@ -72,6 +72,23 @@ def test_chunks_and_batches_give_the_same_bits(llama, isolated):
     together, alone, first, second = results[1::2]
     assert (together[:5] == alone).all()
     assert (alone == np.concatenate([first, second])).all()
+
+
+def test_memory_is_planned_for_the_longest_step(goal):
+    facts, deeper = (_plan(codegen.lower(Llama(layers=n).module, goal).module)[1] for n in (3, 6))
+    assert facts["max_step_tokens"] == MAX_STEP_TOKENS
+    widest = (4 + 2 * 2) * 8 * 4 * MAX_STEP_TOKENS  # q, k and v together
+    assert widest < facts["intermediate_bytes"] < 20 * widest
+    assert deeper == facts  # layers use the same buffers one after the other
+
+
+def test_kernels_don_t_grow_with_depth(goal):
+    kernels = [codegen.lower(Llama(layers=n).module, goal).kernels for n in (2, 5)]
+    assert [k["name"] for k in kernels[0]] == [k["name"] for k in kernels[1]]
+    calls = [{k["name"]: k["calls"] for k in found} for found in kernels]
+    assert calls[0]["silu_multiply"] == 2 and calls[1]["silu_multiply"] == 5
+    # every kernel is named after what it does
+    assert all(not name.startswith("fused") for name in calls[0])
 
 
 def test_name_of_a_library():
