@@ -38,8 +38,8 @@ class Sequences:
 
     def __init__(self, executor, seed=0):
         self.executor = executor
-        self.lengths = {}
-        self.tables = [{} for _ in executor.groups]
+        self.lengths: dict[int, int] = {}
+        self.tables: list[dict[int, list[int]]] = [{} for _ in executor.groups]
         shuffle = np.random.default_rng(seed).permutation
         self.free = [[int(page) for page in shuffle(np.arange(1, pages))] for pages in executor.pages]
 
@@ -103,7 +103,8 @@ def decoded(sequences, ids):
 
 def _in_steps(sequences, ids, size):
     """Feed size(turn, i) tokens of sequence i in each turn, until all are served -> logits of each."""
-    got, done, turn = [[] for _ in ids], [0] * len(ids), 0
+    got: list[list[np.ndarray]] = [[] for _ in ids]
+    done, turn = [0] * len(ids), 0
     while any(at < len(tokens) for at, tokens in zip(done, ids, strict=True)):
         parts = {i: tokens[done[i] : done[i] + size(turn, i)].tolist() for i, tokens in enumerate(ids)}
         new = {i: part for i, part in parts.items() if part}

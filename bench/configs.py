@@ -7,6 +7,7 @@ no example of the type: a feature that is off, a size bound to another. `VARIANT
 """
 
 import dataclasses
+from typing import Any
 
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -14,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 LAYERS = 3
 
 # Field: its size. Several lie off the powers of two, as real ones do; 6 query heads share 2 key heads.
-SMALL = dict(
+SMALL: dict[str, Any] = dict(
     # width and depth
     vocab_size=259, hidden_size=96, d_model=96, n_embd=96, emb_dim=96, embedding_size=64, input_embedding_size=64,
     output_embedding_size=80, embedding_dim=96, word_embed_proj_dim=96,

@@ -51,9 +51,10 @@ def write(folder: Path, path: Path) -> Path:
             elif name.endswith("k_proj.weight"):
                 x = interleave(x, groups)
             x = np.ascontiguousarray(x)
-            writer.add_tensor(
-                names.get_name(name, try_suffixes=(".weight",)), x if x.ndim == 1 else x.astype(np.float16)
-            )
+            short = names.get_name(name, try_suffixes=(".weight",))
+            if short is None:
+                raise ValueError(f"expected the weights of a Llama, found {name}, which GGUF has no name for")
+            writer.add_tensor(short, x if x.ndim == 1 else x.astype(np.float16))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -9,6 +9,7 @@ import argparse
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -73,7 +74,7 @@ def main() -> None:
         from llmc.runtime.text import Tokenizer
 
         tokenizer = Tokenizer(options.tokenizer, ["tokenizer.json"])
-    cases = [
+    cases: list[tuple[str, dict[str, Any]]] = [
         ("greedy", {}),
         ("greedy, context 2048", {"context": 2048}),
         ("greedy, 3 state groups", {"groups": 3}),

@@ -19,11 +19,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 from llmc.bench.bandwidth import ReadProbe, cores
 
 RESULTS = Path(__file__).parent / "results"
-TASKS = {
+TASKS: dict[str, dict[str, Any]] = {
     "decode-128": {"do": "decode", "context": 128, "batch": 1, "steps": 12},
     "decode-2048": {"do": "decode", "context": 2048, "batch": 1, "steps": 8},
     "batch8-128": {"do": "decode", "context": 128, "batch": 8, "steps": 8},
@@ -43,7 +44,7 @@ ENGINES = {
 class Worker:
     """An engine in its process."""
 
-    process: subprocess.Popen
+    process: subprocess.Popen[str]
     load_seconds: float
 
     @classmethod
@@ -57,17 +58,24 @@ class Worker:
         return cls(process, answer(process, engine)["load_seconds"])
 
     def measure(self, task: dict) -> dict:
-        self.process.stdin.write(json.dumps(task) + "\n")
-        self.process.stdin.flush()
+        stdin = piped(self.process.stdin)
+        stdin.write(json.dumps(task) + "\n")
+        stdin.flush()
         return answer(self.process, str(task))
 
     def stop(self) -> None:
-        self.process.stdin.close()
+        piped(self.process.stdin).close()
         self.process.wait(60)
 
 
-def answer(process: subprocess.Popen, what: str) -> dict:
-    line = process.stdout.readline()
+def piped(stream: IO[str] | None) -> IO[str]:
+    """A stream of a process that was started with pipes."""
+    assert stream is not None
+    return stream
+
+
+def answer(process: subprocess.Popen[str], what: str) -> dict:
+    line = piped(process.stdout).readline()
     if not line:
         raise RuntimeError(f"{what}: the engine's process ended with exit code {process.wait()}")
     return json.loads(line)

@@ -43,7 +43,7 @@ class _Bundle(Rewriter):
         bundles = {"pages": old[count - self.pages : count], "weights": old[count:]}
         if not self.pages:
             del bundles["pages"]
-        self.fields = {}
+        self.fields: dict[relax.Var, tuple[relax.Var, int]] = {}
         new = old[: count - self.pages]
         for name, members in bundles.items():
             bundle = relax.Var(name, relax.TupleType([m.ty for m in members]))

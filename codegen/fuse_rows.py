@@ -82,7 +82,7 @@ class _Fuse(Rewriter):
             out = _rows_of(b.var.ty)
             self._check_tokens(value, out)
             program = Program()
-            env = {}
+            env: dict[relax.Var, Value | list[Memory]] = {}
             for x in variables(value):
                 rows = _rows_of(x.ty)
                 if isinstance(rows, list):
@@ -202,8 +202,8 @@ class _Fuse(Rewriter):
     def _typed(self, x, held):
         if tvm_ffi.structural_equal(held.ty, x.ty):
             return held
-        row = row_of(x.ty)
-        if row.major:
+        row = _row(x.ty)
+        if row.axis is None or row.major:
             return self.emit(R.reshape(held, x.ty.shape), x.name)
         before, after = row.shape[: row.axis], row.shape[row.axis :]
         spread = self.emit(R.reshape(held, [row.tokens, *before, *after]))
@@ -273,7 +273,7 @@ class _Build:
             env[b.var] = value
 
     def _output(self, var, value: Value, written: dict) -> Value:
-        row = row_of(var.ty)
+        row = _row(var.ty)
         if isinstance(value, Memory) and value.is_row and value.slot.dtype == row.dtype:
             if value.slot.kind == "input":
                 self.aliases[var] = self.inputs[value.slot.number]
@@ -294,7 +294,7 @@ class _Build:
                 if y not in self.env:
                     self.env[y] = self._external(y, members)
             return _interpret(self.program, b, self.env, self._constants())
-        row = row_of(x.ty)
+        row = _row(x.ty)
         return Memory.whole(self._slot(x, row), row.shape)
 
     def _slot(self, x, row: Row):
@@ -329,7 +329,9 @@ def _interpret(program: Program, b, env: dict, constants):
     # Numbers and shapes among the arguments are read from the call by the rules that know them.
     found = [operand(a) for a in value.args]
     args, rows = [v for v, _ in found if v is not None], [r for _, r in found if r is not None]
-    return RULES[op_name(value)](program, value, args, rows, _rows_of(b.var.ty))
+    name = op_name(value)
+    assert name in RULES, f"{name} in a region"
+    return RULES[name](program, value, args, rows, _rows_of(b.var.ty))
 
 
 def _constant(program, x, constants):
@@ -346,6 +348,11 @@ def _rows_of(ty):
     """The Row of a tensor type, or of every field of a tuple type; Unsupported where there is none."""
     if isinstance(ty, relax.TupleType):
         return [_rows_of(f) for f in ty.fields]
+    return _row(ty)
+
+
+def _row(ty) -> Row:
+    """The Row of a tensor type; Unsupported where it has none."""
     row = row_of(ty)
     if row is None:
         raise Unsupported("a tensor of unknown or many symbolic dimensions")
@@ -368,7 +375,8 @@ def _tokens(x) -> str | None:
 
 def _held_type(ty, row: Row) -> relax.TensorType:
     """The type under which a region's result is kept: its own where the tokens' parts lie one after the other."""
-    return ty if row.major and row.shape[row.axis] == 1 else relax.TensorType([row.tokens, row.size], row.dtype)
+    whole = row.axis is not None and row.major and row.shape[row.axis] == 1
+    return ty if whole else relax.TensorType([row.tokens, row.size], row.dtype)
 
 
 def _symbolic(ty, tokens) -> tuple:
@@ -376,7 +384,7 @@ def _symbolic(ty, tokens) -> tuple:
     row = row_of(ty)
     if row is None:
         return tuple(f"d{i}" for i in range(len(ty.shape)))
-    if row.axis is None:
+    if row.axis is None or row.tokens is None:
         return row.shape
     stem = "n" if row.tokens.same_as(tokens) else f"other_{row.tokens.name}"
     times = row.shape[row.axis]

@@ -80,14 +80,16 @@ class _Lift(Rewriter):
 
     def _boundary(self):
         """Weights, and variables made of weights, that the rest of the function uses, in order of first use."""
-        used = {}
+        used: dict[relax.Var, None] = {}
         for b in bindings(self.old):
             if b.var not in self.known.values:
                 used |= dict.fromkeys(x for x in variables(b.value) if x in self.known)
         return used
 
     def _lift(self, var):
-        sources, copies, chain = [], {}, []
+        sources: list[relax.Var] = []
+        copies: dict[relax.Var, relax.Var] = {}
+        chain: list[tuple[relax.Var, relax.Expr]] = []
 
         def visit(x):
             if x in copies:

@@ -124,7 +124,7 @@ class Recipe:
         if x in self.sources:
             return _carried(self.sources[x].read(start, stop))
         value = self._value(x)
-        rule = _RULES.get(op_name(value))
+        rule = _RULES.get(op_name(value) or "")
         found = rule(self, x, value, start, stop) if rule else None
         if found is None:
             found = self._fallback(value)[start:stop]
@@ -140,7 +140,9 @@ class Recipe:
 
     def _fallback(self, value) -> np.ndarray:
         """Any op, by reference evaluation on whole operands."""
-        builder, params, args = relax.BlockBuilder(), [], []
+        builder = relax.BlockBuilder()
+        params: list[relax.Var] = []
+        args: list[np.ndarray] = []
 
         def open(a):
             if isinstance(a, relax.Tuple):

@@ -16,7 +16,7 @@ from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from llmc.frontend import masks
 from llmc.frontend.importer import drop_checks
@@ -134,7 +134,7 @@ def weightless() -> Iterator[None]:
         nn.Module.register_parameter = register
 
 
-def build(model_class: type, config, dtype: torch.dtype) -> nn.Module:
+def build(model_class: type[PreTrainedModel], config, dtype: torch.dtype) -> nn.Module:
     """The model of `config` in evaluation mode: parameters are placeholders without memory, tied ones are one object.
 
     Persistent buffers become parameters (a checkpoint holds their values). Modules that transformers keeps in float32

@@ -99,8 +99,8 @@ def sampled_rows(n: int, sizes: Iterable[int]) -> torch.Tensor:
     if n <= FULL:
         return torch.arange(n)
     edges = {0, n, *(m * s for s in sizes for m in (1, 2)), n // 2, n // 3}
-    rows = {e + d for e in edges for d in (-2, -1, 0, 1)} | set(range(0, n, max(1, n // 16)))
-    rows = sorted(r for r in rows if 0 <= r < n)
+    wanted = {e + d for e in edges for d in (-2, -1, 0, 1)} | set(range(0, n, max(1, n // 16)))
+    rows = sorted(r for r in wanted if 0 <= r < n)
     step = max(1, -(-len(rows) * n // CELLS))
     return torch.tensor(sorted({*rows[::step], n - 1}))
 

@@ -9,7 +9,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -75,8 +75,8 @@ class LazyTensor:
         order[dim0], order[dim1] = order[dim1], order[dim0]
         return self._permuted([d % self.ndim for d in order])
 
-    def reshape(self, *shape) -> "LazyTensor":
-        shape = list(shape[0] if len(shape) == 1 and isinstance(shape[0], Iterable) else shape)
+    def reshape(self, *sizes) -> "LazyTensor":
+        shape = list(sizes[0] if len(sizes) == 1 and isinstance(sizes[0], Iterable) else sizes)
         if -1 in shape:
             shape[shape.index(-1)] = math.prod(self.shape) // -math.prod(shape)
         if math.prod(shape) != math.prod(self.shape):
@@ -262,7 +262,7 @@ def _split(tensor, split_size_or_sections, dim=0):
     return tuple(tensor.narrow(dim, end - size, end) for size, end in zip(sizes, ends, strict=True))
 
 
-_FUNCTIONS = {
+_FUNCTIONS: dict[Callable, Callable] = {
     torch.stack: _stack,
     torch.cat: _cat,
     torch.chunk: _chunk,
@@ -295,15 +295,12 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
     try:
         entries = json.loads(header)
         entries.pop("__metadata__", None)
-        described = {
-            name: (str(e["dtype"]), [int(d) for d in e["shape"]], *map(int, e["data_offsets"]))
-            for name, e in entries.items()
-        }
+        described = {name: _described(entry) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise SourceError(
             f"{path}: expected a safetensors header, found bytes that are none; download it again"
         ) from None
-    tensors = {}
+    tensors: dict[str, Stored] = {}
     for name, (kind, shape, start, stop) in described.items():
         if kind not in DTYPES:
             tensors[name] = _Unreadable(kind, tuple(shape), f"{path}: {name}")
@@ -317,6 +314,12 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
         array = np.frombuffer(mapped, DTYPES[kind], math.prod(shape), 8 + length + start)
         tensors[name] = Stored(array.reshape(shape))
     return tensors
+
+
+def _described(entry: dict) -> tuple[str, list[int], int, int]:
+    """A header's entry: dtype, shape, and where its bytes start and stop."""
+    start, stop = map(int, entry["data_offsets"])
+    return str(entry["dtype"]), [int(d) for d in entry["shape"]], start, stop
 
 
 class _Unreadable(Stored):

@@ -7,7 +7,7 @@ the x86-64 psABI for the levels v3 and v4.
 import os
 import platform
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # Features as Linux spells them in /proc/cpuinfo. A library is refused on a machine that lacks one of its target's.
@@ -118,12 +118,12 @@ def detect(cpuinfo: str | None = None) -> CpuTarget:
     """This machine, read from /proc/cpuinfo and /sys (or from a given text of /proc/cpuinfo)."""
     system = {"Linux": "linux", "Darwin": "macos"}.get(platform.system(), platform.system().lower())
     fields = _fields(cpuinfo)
-    machine = {"cores": os.cpu_count() or 1, "system": system, **_caches(Path("/sys/devices/system/cpu/cpu0/cache"))}
     if "Features" in fields or (platform.machine() in ("aarch64", "arm64") and cpuinfo is None):
         if system == "macos":
-            return CpuTarget("cpu:apple-m1", "apple-m1", "arm64", (), 128, 32, **machine)
-        return CpuTarget("cpu:aarch64", "generic", "aarch64", AARCH64, 128, 32, **machine)
+            return _here(CpuTarget("cpu:apple-m1", "apple-m1", "arm64", (), 128, 32), system)
+        return _here(CpuTarget("cpu:aarch64", "generic", "aarch64", AARCH64, 128, 32), system)
     flags = set(fields.get("flags", "").split())
+    needed: tuple[str, ...]
     if flags.issuperset(X86_64_V4):
         level, needed, bits, registers = "x86-64-v4", X86_64_V4, 512, 32
     elif flags.issuperset(X86_64_V3):
@@ -133,7 +133,8 @@ def detect(cpuinfo: str | None = None) -> CpuTarget:
         raise ValueError(
             f"this CPU lacks {missing}: llmc generates code for x86-64-v3 (2013) and later, and for aarch64"
         )
-    mcpu, mattr = level, ()
+    mcpu = level
+    mattr: tuple[str, ...] = ()
     dot = "avx512_bf16" in flags and bits == 512
     family = (fields.get("vendor_id", ""), int(fields.get("cpu family", -1)))
     for name, models, features in _MICROARCHITECTURES.get(family, []):
@@ -145,7 +146,20 @@ def detect(cpuinfo: str | None = None) -> CpuTarget:
         if dot:
             mattr, needed = ("+avx512bf16",), (*needed, "avx512_bf16")
     suffix = "+bf16" if mattr else ""
-    return CpuTarget(f"cpu:{mcpu}{suffix}", mcpu, "x86_64", tuple(needed), bits, registers, dot, mattr, **machine)
+    return _here(CpuTarget(f"cpu:{mcpu}{suffix}", mcpu, "x86_64", needed, bits, registers, dot, mattr), system)
+
+
+def _here(target: CpuTarget, system: str) -> CpuTarget:
+    """The target with this machine's cores, caches and system."""
+    caches = _caches(Path("/sys/devices/system/cpu/cpu0/cache"))
+    return replace(
+        target,
+        cores=os.cpu_count() or 1,
+        system=system,
+        l1d=caches.get("l1d", target.l1d),
+        l2=caches.get("l2", target.l2),
+        l3=caches.get("l3", target.l3),
+    )
 
 
 def runs_here(target: CpuTarget) -> bool:

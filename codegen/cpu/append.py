@@ -7,7 +7,7 @@ from tvm.tirx.script import builder as T
 
 from llmc.targets import CpuTarget
 
-from .vector import bits, choose, i64, kernel, loop
+from .vector import Params, bits, choose, i64, kernel, loop
 
 FEW = 8  # rows that one thread writes sooner than others wake
 
@@ -70,7 +70,7 @@ def copy_pages(target: CpuTarget, page: tuple[int, ...], dtype: str, *, name: st
     size = 1
     for extent in page:
         size *= extent
-    params = [("pages", ("p", *page), dtype), ("source", ("k",), "int32"), ("destination", ("k",), "int32")]
+    params: Params = [("pages", ("p", *page), dtype), ("source", ("k",), "int32"), ("destination", ("k",), "int32")]
 
     def body(symbols: dict, pages: Any, source: Any, destination: Any) -> None:
         pages = bits(pages)

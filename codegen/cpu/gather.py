@@ -8,7 +8,7 @@ from tvm.tirx.script import builder as T
 from llmc.targets import CpuTarget
 
 from .pack import panels
-from .vector import Vector, bits, choose, chunks, i64, kernel, loop
+from .vector import Params, Vector, bits, choose, chunks, i64, kernel, loop
 
 FEW = 4  # rows that one thread copies sooner than others wake
 
@@ -32,7 +32,8 @@ def take(
     weight: "float32", "float16" or "bfloat16"; out: "float32" or "bfloat16" (rounded to nearest even).
     """
     layout = panels(target, rows, depth, weight)
-    params = [("w", layout.shape if packed else (rows, depth), weight), ("ids", ("n",), ids), ("y", ("n", depth), out)]
+    shape = layout.shape if packed else (rows, depth)
+    params: Params = [("w", shape, weight), ("ids", ("n",), ids), ("y", ("n", depth), out)]
     one = Vector(1)
 
     def body(symbols: dict, w: Any, ids: Any, y: Any) -> None:

@@ -163,6 +163,7 @@ class _Emit:
             stride = v.strides[-1] if v.strides else 0
             found = at if lanes == 1 else T.ramp(at, stride, lanes) if stride else T.broadcast(at, lanes)
             return T.bind(T.Cast(vector.dtype(v.dtype), found))
+        assert isinstance(v, Apply)
         args = [self.value(a, indices, lanes, memo) for a in v.args]
         return T.bind(apply(v, args, vector))
 

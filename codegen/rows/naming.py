@@ -18,7 +18,7 @@ NAMES = {"take": "lookup", "nn.silu": "silu", "nn.gelu": "gelu", "nn.gelu_tanh":
 
 def region_name(members) -> str:
     """A name from the ops of a region that tell, in order: add_rms_norm, rotary, silu_multiply."""
-    ops = [op_name(b.value) for b in members if op_name(b.value)]
+    ops = [op for b in members if (op := op_name(b.value))]
     found: list[str] = []
 
     def say(word: str) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar, overload
 
 __all__ = ["Affine", "Apply", "Memory", "NoView", "Scalar", "Slot", "Value"]
 
@@ -96,28 +96,31 @@ def contiguous(shape: Sequence[int]) -> Shape:
     return tuple(strides)
 
 
-def _moved(v: Value, shape: Shape, strides: Shape, offset: int = 0) -> Value:
-    if isinstance(v, Memory):
-        return Memory(shape, v.dtype, v.slot, strides, v.offset + offset)
-    assert isinstance(v, Affine)
-    return Affine(shape, v.dtype, strides, v.offset + offset)
+Strided = TypeVar("Strided", Memory, Affine)
+
+
+def _moved(v: Strided, shape: Shape, strides: Shape, offset: int = 0) -> Strided:
+    return replace(v, shape=shape, strides=strides, offset=v.offset + offset)
 
 
 def _move(v: Value, shape: Shape, leaf, *args) -> Value:
-    """Scalars take any shape; expressions move their leaves."""
+    """What has no strides: scalars take any shape; expressions move their leaves."""
     if isinstance(v, Scalar):
         return Scalar(shape, v.dtype, v.value)
-    if isinstance(v, Apply):
-        return Apply(shape, v.dtype, v.op, [leaf(a, *args) for a in v.args], v.attrs)
-    return leaf(v, *args)
+    assert isinstance(v, Apply)
+    return Apply(shape, v.dtype, v.op, [leaf(a, *args) for a in v.args], v.attrs)
 
 
+@overload
+def reshape(v: Memory, shape: Sequence[int]) -> Memory: ...
+@overload
+def reshape(v: Value, shape: Sequence[int]) -> Value: ...
 def reshape(v: Value, shape: Sequence[int]) -> Value:
     """The same elements in the same order under another shape. NoView where strides can't say it."""
     shape = tuple(shape)
     if shape == v.shape:
         return v
-    if isinstance(v, (Scalar, Apply)):
+    if not isinstance(v, (Memory, Affine)):
         return _move(v, shape, reshape, shape)
     old = [(d, s) for d, s in zip(v.shape, v.strides, strict=True) if d != 1]
     strides: list[int] = []
@@ -148,7 +151,7 @@ def reshape(v: Value, shape: Sequence[int]) -> Value:
 
 def permute(v: Value, axes: Sequence[int]) -> Value:
     shape = tuple(v.shape[a] for a in axes)
-    if isinstance(v, (Scalar, Apply)):
+    if not isinstance(v, (Memory, Affine)):
         return _move(v, shape, permute, axes)
     return _moved(v, shape, tuple(v.strides[a] for a in axes))
 
@@ -160,7 +163,7 @@ def broadcast(v: Value, shape: Sequence[int]) -> Value:
         return v
     if isinstance(v, Scalar):
         return Scalar(shape, v.dtype, v.value)
-    if isinstance(v, Apply):
+    if not isinstance(v, (Memory, Affine)):
         if math.prod(shape) != v.size:
             raise NoView
         return reshape(v, shape)
@@ -173,10 +176,14 @@ def broadcast(v: Value, shape: Sequence[int]) -> Value:
     return _moved(v, shape, tuple(strides))
 
 
+@overload
+def strided_slice(v: Memory, axis: int, start: int, count: int, step: int = 1) -> Memory: ...
+@overload
+def strided_slice(v: Value, axis: int, start: int, count: int, step: int = 1) -> Value: ...
 def strided_slice(v: Value, axis: int, start: int, count: int, step: int = 1) -> Value:
     """`count` elements of an axis, from `start` on, every `step`-th."""
     shape = (*v.shape[:axis], count, *v.shape[axis + 1 :])
-    if isinstance(v, (Scalar, Apply)):
+    if not isinstance(v, (Memory, Affine)):
         return _move(v, shape, strided_slice, axis, start, count, step)
     stride = v.strides[axis]
     return _moved(v, shape, (*v.strides[:axis], stride * step, *v.strides[axis + 1 :]), start * stride)
