@@ -7,7 +7,8 @@ may not be read holds NaN: the scratch page, pages never written, slots past the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +18,9 @@ from llmc.ir.evaluate import Reference
 from llmc.ir.ragged_form import TABLES
 
 __all__ = ["Driver", "Pages", "numpy_dtype", "state_of"]
+
+Name = TypeVar("Name", bound=Hashable)  # of a sequence: whatever the caller calls it
+Rows = Sequence[int] | np.ndarray
 
 
 class Pages:
@@ -38,7 +42,7 @@ class Pages:
         start = max(0, position - self.window + 1) if self.window else 0
         return max(start, position // self.chunk * self.chunk) if self.chunk else start
 
-    def extend(self, new: Mapping[object, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def extend(self, new: Mapping[Name, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Makes room for new[s] tokens of each sequence s; returns kv_indptr, kv_indices, kv_last_page_len (int32)."""
         indptr, indices, last = [0], [], []
         for sequence, count in new.items():
@@ -88,15 +92,13 @@ class Driver:
     def length(self, sequence: object) -> int:
         return self.groups[0].length.get(sequence, 0) if self.groups else 0
 
-    def step(
-        self, batch: Mapping[object, Sequence[int]], rows: Mapping[object, Sequence[int]] | None = None
-    ) -> dict[object, np.ndarray]:
+    def step(self, batch: Mapping[Name, Rows], rows: Mapping[Name, Rows] | None = None) -> dict[Name, np.ndarray]:
         """Adds the new tokens of each sequence; returns the logits of `rows` of these (None: of all)."""
         return {s: values[0] for s, values in self.results(batch, rows).items()}
 
     def results(
-        self, batch: Mapping[object, Sequence[int]], rows: Mapping[object, Sequence[int]] | None = None
-    ) -> dict[object, list[np.ndarray]]:
+        self, batch: Mapping[Name, Rows], rows: Mapping[Name, Rows] | None = None
+    ) -> dict[Name, list[np.ndarray]]:
         """`step`, for a program that returns a tuple: logits, and other values of one or more rows a token."""
         tokens = [np.asarray(t, "int32") for t in batch.values()]
         indptr = np.cumsum([0, *map(len, tokens)])

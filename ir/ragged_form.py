@@ -79,7 +79,8 @@ def check_signature(step: relax.Function, groups: list[dict]) -> relax.Var:
     params = dict(zip(names, step.params, strict=False))
     n, b1, m = (length_of(params[name].ty, axis) for name, axis in (("hidden", 0), ("qo_indptr", 0), ("logit_rows", 0)))
     hidden = params["hidden"]
-    expected: dict[str, tuple[str | tuple[str, ...], list]] = {"hidden": (FLOATS, [n, "width"]), "positions": ("int32", [1, n])}
+    expected: dict[str, tuple[str | tuple[str, ...], list]] = {"hidden": (FLOATS, [n, "width"])}
+    expected |= {"positions": ("int32", [1, n])}
     expected |= {"qo_indptr": ("int32", [b1]), "logit_rows": ("int32", [m])}
     for g in range(len(groups)):
         sizes = [b1, *(length_of(params[f"{name}_{g}"].ty, 0) for name in TABLES[1:])]

@@ -149,7 +149,7 @@ class Product:
         runs, at_once, vectors = self.elements // RUN, self.depth_at_once, self.layout.vectors
         v = Vector(self.target.lanes)
         divided = at_once < runs
-        pairs = None
+        pairs: Any = None
         if self.weight == "bfloat16":
             pairs = T.decl_buffer(tuple(w.shape)[:-1], "int32", data=w.data)
         if divided:

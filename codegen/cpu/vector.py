@@ -33,6 +33,7 @@ define linkonce_odr <16 x float> @llmc_dot_bf16(<16 x float> %c, <16 x i32> %a, 
 """
 
 Symbols = dict[str, Any]
+Params = Sequence[tuple[str, Sequence[int | str], str]]  # of a kernel: name, shape, dtype
 
 
 def i64(value: Any) -> Any:
@@ -42,7 +43,7 @@ def i64(value: Any) -> Any:
 
 def kernel(
     name: str,
-    params: Sequence[tuple[str, Sequence[int | str], str]],
+    params: Params,
     body: Callable[..., None],
     target: CpuTarget,
     llvm_text: str = "",
@@ -119,7 +120,7 @@ def loop(start: Any, stop: Any):
             yield T.bind(first + i)
 
 
-def share_out(items: Any, work: Callable[[Any], None], setup: Callable[[], Any] = lambda: None) -> None:
+def share_out(items: Any, work: Callable[[Any, Any], None], setup: Callable[[], Any] = lambda: None) -> None:
     """Call work(item, state) for items 0 … items-1 on every thread of the pool, each drawing the next from a counter.
 
     A core that something else slows down draws fewer, and does not set the pace. `setup` runs once a thread and gives
@@ -320,7 +321,7 @@ def transpose_text(lanes: int) -> str:
         names.append(f"%r{i}")
     low = [i // 2 + lanes * (i % 2) for i in range(lanes)]
     for stage in range(lanes.bit_length() - 1):
-        new = []
+        new: list[str] = []
         for i in range(lanes // 2):
             for half in (0, lanes // 2):
                 mask = ", ".join(f"i32 {j + half}" for j in low)

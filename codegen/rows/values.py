@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, overload
+from typing import Any, overload
 
 __all__ = ["Affine", "Apply", "Memory", "NoView", "Scalar", "Slot", "Value"]
 
@@ -96,10 +96,7 @@ def contiguous(shape: Sequence[int]) -> Shape:
     return tuple(strides)
 
 
-Strided = TypeVar("Strided", Memory, Affine)
-
-
-def _moved(v: Strided, shape: Shape, strides: Shape, offset: int = 0) -> Strided:
+def _moved(v: Memory | Affine, shape: Shape, strides: Shape, offset: int = 0) -> Memory | Affine:
     return replace(v, shape=shape, strides=strides, offset=v.offset + offset)
 
 
