@@ -16,15 +16,15 @@ demo: environment
 	$(BIN)/llmc compile tests/data/tiny-python/model.safetensors --target cpu -o build/tiny-python.llmc --overwrite
 	$(BIN)/llmc run build/tiny-python.llmc "def read_lines(path):" --max-tokens 48 --stats
 
-test: environment lint
+test: environment lint types
 	$(BIN)/pytest -n 2 -m 'not slow' -q
 
-test-all: environment lint
+test-all: environment lint types
 	$(BIN)/pytest -n 2 -q
 
-# Type checkers read the installed package, not an editable one.
+# Type checkers read the installed package, not an editable one. build/lib would keep modules that are no more.
 types: environment
-	rm -rf build/types && $(BIN)/pip install --quiet --no-deps --target build/types .
+	rm -rf build/types build/lib && $(BIN)/pip install --quiet --no-deps --target build/types .
 	cd build && MYPYPATH=types ../$(BIN)/mypy --config-file ../pyproject.toml -p llmc
 
 lint: environment
