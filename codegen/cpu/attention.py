@@ -26,6 +26,7 @@ from .vector import (
     kernel,
     loop,
     opaque,
+    prefetch,
     scratch,
     share_out,
     transpose_text,
@@ -177,10 +178,10 @@ class _Attend:
                     return T.bind(i64(kv_indices[i64(pages) + page]))
 
                 def scores(pairs: int, lo: Any = lo, hi: Any = hi, start: Any = start) -> Callable[[], None]:
-                    return lambda: self.scores(state, k, kv_head, page_of, lo, hi, start, pairs)
+                    return lambda: self.scores(state, k, v, kv_head, page_of, lo, hi, start, pairs)
 
                 def values(pairs: int, lo: Any = lo, hi: Any = hi, start: Any = start) -> Callable[[], None]:
-                    return lambda: self.values(state, k, v, kv_head, page_of, lo, hi, start, i64(last), pairs)
+                    return lambda: self.values(state, k, v, kv_head, page_of, lo, hi, start, i64(last), i64(end), pairs)
 
                 # One row alone, as in decoding, or a full set: the rows that lack are masked.
                 few, all_ = cut.heads, cut.rows * cut.heads
@@ -233,8 +234,23 @@ class _Attend:
             with loop(0, state.width // v.lanes) as i:
                 v.store(state.sums, v.const(0.0), [m, i * v.lanes])
 
-    def scores(self, state: "_State", k: Any, kv_head: Any, page_of: Callable, lo: Any, hi: Any, start: Any,
-               pairs: int) -> None:  # fmt: skip
+    def ahead(self, buffer: Any, number: Any, kv_head: Any, part: Any, parts: int) -> None:
+        """Prefetch one of so many parts of a page of one head, which the hardware can't guess: pages lie anywhere.
+
+        Keys ask for the values of the same page, values for the keys of the next block.
+        """
+        size = 1
+        for extent in buffer.shape[2:]:
+            size *= int(extent)
+        line = 64 // (2 if buffer.dtype == "uint16" else 4)
+        lines = -(-size // line)
+        flat = T.decl_buffer((*buffer.shape[:2], T.int64(size)), buffer.dtype, data=buffer.data)
+        each = -(-lines // parts)
+        for i in range(each):
+            prefetch(flat, [number, kv_head, T.min(part * each + i, T.int64(lines - 1)) * line])
+
+    def scores(self, state: "_State", k: Any, values: Any, kv_head: Any, page_of: Callable, lo: Any, hi: Any,
+               start: Any, pairs: int) -> None:  # fmt: skip
         """state.scores[m, token of the block] = q . k for the pages lo … hi; m < pairs."""
         v = self.vector
         across = self.page_size // v.lanes
@@ -244,6 +260,8 @@ class _Attend:
 
             def column(c: Any, number: Any = number, sums: list = sums) -> None:
                 keys = [v.load(k, [number, kv_head, c, T.int64(j * v.lanes)]) for j in range(across)]
+                if values is not None and pairs == self.tasks.heads:
+                    self.ahead(values, number, kv_head, c, self.head_dim)
                 for m in range(pairs):
                     x = T.bind(v.broadcast(state.queries[m, c]))
                     for j in range(across):
@@ -292,7 +310,7 @@ class _Attend:
             v.store(state.total, v.load(state.total, [m, T.int64(0)]) + total, [m, T.int64(0)])
 
     def values(self, state: "_State", k: Any, values: Any, kv_head: Any, page_of: Callable, lo: Any, hi: Any,
-               start: Any, last: Any, pairs: int) -> None:  # fmt: skip
+               start: Any, last: Any, end: Any, pairs: int) -> None:  # fmt: skip
         """state.sums[m] += p . v for the tokens of the pages lo … hi before `last`; m < pairs."""
         lanes = self.target.lanes
 
@@ -306,7 +324,10 @@ class _Attend:
             with loop(*pages) as page:
                 number = page_of(page)
                 at = T.bind((page - start) * self.page_size)
+                soon = page_of(T.min(page + BLOCK_PAGES, end - 1))
                 with loop(0, T.min(T.int64(self.page_size), last - page * self.page_size)) as t:
+                    if pairs == self.tasks.heads:
+                        self.ahead(k, soon, kv_head, t, self.page_size)
                     columns = [load(p, number, t, offset + o) for p, o in zip(parts, offsets, strict=True)]
                     for m in range(pairs):
                         weight = T.bind(state.scores[m, at + t])

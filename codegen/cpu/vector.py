@@ -142,6 +142,12 @@ def share_out(items: Any, work: Callable[[Any, Any], None], setup: Callable[[], 
             T.buffer_store(ticket, draw(), [0])
 
 
+def prefetch(buffer: Any, indices: Sequence[Any]) -> None:
+    """Ask for the cache line of an element, to be read soon."""
+    at = T.address_of(buffer[tuple(indices)])
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", at, T.int32(0), T.int32(3), T.int32(1)))
+
+
 def scratch(shape: Sequence[Any], dtype: str = "float32") -> Any:
     """A buffer of the thread that runs this; sizes may be symbolic, in the kernel's own symbols only."""
     return T.alloc_buffer(tuple(i64(s) for s in shape), dtype)
