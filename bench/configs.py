@@ -142,7 +142,13 @@ OWN = {
     "megatron-bert": _DECODER,
     "mimo_v2_flash": dict(num_attention_heads=8),
     "ministral": dict(head_dim=24),
-    "ministral3": dict(sliding_window=9),
+    "ministral3": dict(
+        sliding_window=9,
+        rope_parameters=dict(
+            rope_type="yarn", rope_theta=1e4, factor=16.0, original_max_position_embeddings=16, llama_4_scaling_beta=0.1
+        ),
+    ),
+    "minimax_m3_vl_text": dict(layer_types=["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"]),
     "mixtral": dict(head_dim=16),
     "nemotron": dict(num_key_value_heads=2, head_dim=16),
     "olmo": dict(clip_qkv=2.0),

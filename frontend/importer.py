@@ -44,6 +44,8 @@ WIDE = {
     *("sigmoid", "silu", "gelu", "tanh", "exp", "expm1", "log", "log1p", "softplus", "erf", "elu", "mish"),
     *("rsqrt", "sqrt", "pow", "cos", "sin", "reciprocal"),
 }
+# Of integers PyTorch gives floats in these, and makes floats of them first; TVM would compute with integers.
+PROMOTES = WIDE | {"add", "sub", "rsub", "mul", "div", "addcmul", "lerp", "log2", "log10", "atan2", "square", "neg"}
 CHECKS = ("_assert_tensor_metadata.default", "_assert_scalar.default", "_assert_async.msg", "_assert_async.default")
 
 
@@ -244,7 +246,8 @@ class Importer(translator.ExportedProgramImporter):
 
         def run(node: fx.Node):
             wide = node.target.__name__.split(".")[0] in WIDE
-            out, want = self._widened(convert, node) if wide else convert(node), node.meta.get("val")
+            want = node.meta.get("val")
+            out = self._with_operands(convert, node, self._operand_dtype(node, want, wide))
             found = getattr(out, "ty", None)
             if isinstance(found, relax.TupleType) and wide:
                 fields = [self.emit(relax.TupleGetItem(out, i)) for i in range(len(found.fields))]
@@ -271,12 +274,26 @@ class Importer(translator.ExportedProgramImporter):
 
         return run
 
-    def _widened(self, convert, node: fx.Node):
-        """The node on operands in float32, where they are of 16 bits."""
+    @staticmethod
+    def _operand_dtype(node: fx.Node, want, wide: bool):
+        """Operand's dtype -> the one to compute in."""
+        result = dtype_name(want.dtype) if isinstance(want, torch.Tensor) else ""
+        promotes = "float" in result and node.target.__name__.split(".")[0] in PROMOTES
+
+        def dtype(own: str) -> str:
+            if wide and own in ("bfloat16", "float16"):
+                return "float32"
+            # PyTorch makes floats of integers first; TVM computes with integers and casts the result.
+            return result if promotes and own in ("bool", "int8", "uint8", "int16", "int32", "int64") else own
+
+        return dtype
+
+    def _with_operands(self, convert, node: fx.Node, dtype):
+        """The node on operands cast to dtype(their own)."""
         operands = {n: self.env[n] for n in node.all_input_nodes}
         for n, x in operands.items():
-            if isinstance(getattr(x, "ty", None), relax.TensorType) and x.ty.dtype in ("bfloat16", "float16"):
-                self.env[n] = self.emit(R.astype(x, "float32"))
+            if isinstance(getattr(x, "ty", None), relax.TensorType) and dtype(x.ty.dtype) != x.ty.dtype:
+                self.env[n] = self.emit(R.astype(x, dtype(x.ty.dtype)))
         out = convert(node)
         self.env.update(operands)
         return out

@@ -164,8 +164,24 @@ class _Emit:
             found = at if lanes == 1 else T.ramp(at, stride, lanes) if stride else T.broadcast(at, lanes)
             return T.bind(T.Cast(vector.dtype(v.dtype), found))
         assert isinstance(v, Apply)
+        if v.op in ("add", "subtract") and wide(v.dtype) == "float32" and any(map(is_product, v.args)):
+            return self.product_and_term(v, indices, lanes, memo)
         args = [self.value(a, indices, lanes, memo) for a in v.args]
         return T.bind(apply(v, args, vector))
+
+    def product_and_term(self, v: Apply, indices: Sequence[Any], lanes: int, memo: dict) -> Any:
+        """x·y + z, x·y - z or z - x·y, rounded once.
+
+        LLVM would round once too; but where z is a product itself it may round either of the two first, and takes
+        another one in another copy of the code: a token's bits would depend on how many tokens there are.
+        """
+        first = is_product(v.args[0])
+        product, term = v.args if first else reversed(v.args)
+        x, y, z = (self.value(part, indices, lanes, memo) for part in (*factors(product), term))
+        if v.op == "subtract":
+            minus = Vector(lanes).broadcast(T.float32(-1))
+            x, z = (x, T.bind(z * minus)) if first else (T.bind(x * minus), z)
+        return Vector(lanes).fma(x, y, z)
 
     def write(self, to: Memory, indices: Sequence[Any], value: Any, lanes: int) -> None:
         vector, buffer = Vector(lanes), self.buffer(to.slot)
@@ -255,7 +271,7 @@ class _Emit:
         def row(indices: list) -> None:
             def piece(start: Any, width: int) -> None:
                 total = Accumulator(Vector(width), wide(value.dtype), s.op)
-                self.nest(inner, lambda at: total.add(self.value(value, [*indices, *at, start], width, {})))
+                self.nest(inner, lambda at: self.accumulate(total, value, [*indices, *at, start]))
                 self.write(s.to, [*indices, start], total.get(), width)
 
             self.along(outer[-1], lanes, piece)
@@ -274,7 +290,7 @@ class _Emit:
 
             def line(at: list) -> None:
                 def add(total: Accumulator, start: Any) -> None:
-                    total.add(self.value(s.value, [*indices, *at, start], total.vector.lanes, {}))
+                    self.accumulate(total, s.value, [*indices, *at, start])
 
                 if vectors // chains > 1:
                     with loop(0, vectors // chains) as i:
@@ -299,6 +315,15 @@ class _Emit:
             self.write(s.to, indices, total, 1)
 
         self.nest(outer, row)
+
+    def accumulate(self, total: Accumulator, value: Value, indices: list) -> None:
+        """Add to a running sum (or max, ...); products are added with one rounding, see product_and_term."""
+        lanes, memo = total.vector.lanes, {}
+        if total.op == "sum" and is_product(value):
+            x, y = (self.value(factor, indices, lanes, memo) for factor in factors(value))
+            total.set(total.vector.fma(x, y, total.get()))
+        else:
+            total.add(self.value(value, indices, lanes, memo))
 
     def topk(self, s: TopK) -> None:
         """k times: of what comes after the last one found, the first in order."""
@@ -405,6 +430,14 @@ def gathers(statement: Any):
         for leaf in V.leaves(v) if v is not None else ():
             if isinstance(leaf, Memory) and leaf.slot.index is not None:
                 yield leaf.slot
+
+
+def is_product(v: Value) -> bool:
+    return isinstance(v, Apply) and v.op in ("multiply", "square") and wide(v.dtype) == "float32"
+
+
+def factors(product: Apply) -> list[Value]:
+    return product.args if product.op == "multiply" else [product.args[0], product.args[0]]
 
 
 def combine(op: str, a: Any, b: Any) -> Any:

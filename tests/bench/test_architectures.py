@@ -171,6 +171,7 @@ def test_planted_faults_are_seen(tmp_path):
 def test_every_type(name, tmp_path):
     result = judged(name, tmp_path)
     assert result["verdict"] in expected(name), result
+    assert result.get("bitwise", True), result
 
 
 @pytest.mark.slow
