@@ -189,6 +189,7 @@ OWN = {
 # What the compiler may refuse today, by its nature: nothing else may end as refused.
 RECURRENT = "carries a state from token to token (recurrence, convolution or linear attention)"
 OWN_EXPERTS = "does not go through transformers' experts interface"
+BRANCHES = "branches on the sequence's length, or picks rows by what it computed"
 OWN_ATTENTION = "does not go through transformers' attention interface"
 SPARSE = "picks the keys it attends to by their content"
 BIASED = "adds a learned bias of the distance to the scores"
@@ -200,9 +201,8 @@ REFUSED = {
         "lfm2_moe", "lfm3", "mamba", "mamba2", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe",
         "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm", "zamba2", "zaya",
     ],
-    OWN_EXPERTS: [
-        "dbrx", "jetmoe", "longcat_flash",
-    ],
+    OWN_EXPERTS: ["dbrx", "jetmoe", "longcat_flash"],
+    BRANCHES: ["phimoe+longrope", "xmod"],
     OWN_ATTENTION: [
         "big_bird", "bloom", "codegen", "doge", "falcon", "git", "gpt_neo", "gpt_neox_japanese", "gptj",
         "megatron-bert", "mpt", "mvp", "openai-gpt", "prophetnet", "reformer",
