@@ -318,7 +318,8 @@ class _Emit:
 
     def accumulate(self, total: Accumulator, value: Value, indices: list) -> None:
         """Add to a running sum (or max, ...); products are added with one rounding, see product_and_term."""
-        lanes, memo = total.vector.lanes, {}
+        lanes = total.vector.lanes
+        memo: dict = {}
         if total.op == "sum" and is_product(value):
             x, y = (self.value(factor, indices, lanes, memo) for factor in factors(value))
             total.set(total.vector.fma(x, y, total.get()))
@@ -436,7 +437,9 @@ def is_product(v: Value) -> bool:
     return isinstance(v, Apply) and v.op in ("multiply", "square") and wide(v.dtype) == "float32"
 
 
-def factors(product: Apply) -> list[Value]:
+def factors(product: Value) -> list[Value]:
+    """The two that a product (see is_product) multiplies."""
+    assert isinstance(product, Apply)
     return product.args if product.op == "multiply" else [product.args[0], product.args[0]]
 
 
