@@ -1,41 +1,58 @@
 """Facts of the machines that llmc compiles for: numbers and names, nothing else."""
 
+from __future__ import annotations
+
 import sys
 from types import ModuleType
 
 from .cpu import CpuTarget, detect
+from .gpu import HOSTS, GpuTarget
 from .listing import TargetFact, listing
 
-__all__ = ["CpuTarget", "TargetFact", "TargetNotYet", "detect", "listing", "parse"]
+__all__ = ["CpuTarget", "GpuTarget", "Target", "TargetFact", "detect", "listing", "parse"]
 
+Target = CpuTarget | GpuTarget
 FAMILIES = ("cpu", "cuda", "rocm", "metal")
 
 
-class TargetNotYet(ValueError):
-    """A target that has a name and no code generator yet."""
+def parse(targets: str | list[str] | tuple[str, ...], host: str | None = None) -> list[Target]:
+    """The targets that a user names: "cpu", "cuda:sm_90", "metal", several joined by commas or as a list.
 
-
-def parse(targets: str | list[str] | tuple[str, ...]) -> list[CpuTarget]:
-    """The targets that a user names: "cpu", "cpu:x86-64-v3", several joined by commas or as a list.
-
-    Raises ValueError for an unknown name, TargetNotYet (a ValueError) for a family that can't be compiled for yet.
+    A bare family of GPUs is its usual set of architectures, "native" after the colon is this machine's card. host is
+    the system that will load the code, by default this machine; metal has one only, and takes it whatever the others
+    are for.
+    Raises ValueError for an unknown name, an unknown host, and one that a target can't run on.
     """
-    from . import cpu
-
     names = targets.split(",") if isinstance(targets, str) else list(targets)
-    found: list[CpuTarget] = []
-    for name in (n.strip() for n in names):
-        family, _, part = name.partition(":")
-        if family not in FAMILIES:
-            raise ValueError(
-                f"unknown target {name!r}: expected one of {', '.join(FAMILIES)}, e.g. cpu or cpu:x86-64-v3"
-            )
-        if family != "cpu":
-            raise TargetNotYet(f"target {name!r} can't be compiled for yet: this version emits code for cpu only")
-        target = cpu.by_name(part)
-        if target not in found:
-            found.append(target)
+    names = [name.strip() for name in names]
+    if host is not None and host not in HOSTS:
+        raise ValueError(f"unknown host {host!r}: expected one of {', '.join(HOSTS)}")
+    found: list[Target] = []
+    for name in names:
+        # Metal beside others goes to its own host, theirs is the one that was named.
+        alone = host if len(names) == 1 or name.partition(":")[0] != "metal" else None
+        for target in _family(name, alone):
+            if target not in found:
+                found.append(target)
     return found
+
+
+def _family(name: str, host: str | None) -> list[Target]:
+    from . import cpu, cuda, metal, rocm
+
+    family, _, part = name.partition(":")
+    if family == "cpu":
+        target = cpu.by_name(part)
+        if host is not None and host != target.host:
+            raise ValueError(
+                f"host {host!r} with target {target.name}: expected {target.host}, the only host of that CPU"
+            )
+        return [target]
+    if family in FAMILIES:
+        return [*{"cuda": cuda, "rocm": rocm, "metal": metal}[family].parse(part, host)]
+    raise ValueError(
+        f"unknown target {name!r}: expected one of {', '.join(FAMILIES)}, e.g. cpu, cpu:x86-64-v3 or cuda:sm_90"
+    )
 
 
 class _Room(ModuleType):

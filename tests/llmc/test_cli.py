@@ -50,7 +50,7 @@ def test_wrong_usage(arguments):
     [
         (["--target", "abacus"], "unknown target 'abacus': expected one of cpu, cuda, rocm, metal"),
         (["--target", "cuda"], "can't be compiled for yet"),
-        (["--host", "vax"], "host='vax'"),
+        (["--host", "vax"], "unknown host 'vax': expected one of linux-x86_64"),
         (["--quantize", "int4"], "quantize='int4': quantization schemes are not in this version yet"),
         (["--kv-cache", "int8"], "not in this version yet"),
         (["--dtype", "float8"], "dtype='float8': expected one of float32, bfloat16, float16"),

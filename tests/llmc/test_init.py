@@ -32,7 +32,7 @@ def test_targets_lists_and_is_the_room_as_well():
     listed = {fact.name: fact for fact in llmc.targets()}
     assert listed["cpu"].status == "runs here"
     assert detect().name in listed["cpu"].about
-    assert listed["cuda"].status == "not yet"
+    assert listed["cuda"].status in ("compiles", "no tools", "runs here")
 
 
 def test_schemes():

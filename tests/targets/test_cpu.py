@@ -1,6 +1,6 @@
 import pytest
 
-from llmc.targets import CpuTarget, TargetNotYet, cpu, parse
+from llmc.targets import CpuTarget, cpu, parse
 
 FLAGS_V4 = " ".join(cpu.X86_64_V4)
 
@@ -47,11 +47,14 @@ def test_names_and_lists():
     assert isinstance(arm, CpuTarget) and arm.lanes == 4 and arm.host == "linux-aarch64"
 
 
-def test_unknown_and_later_targets():
+def test_unknown_targets():
     with pytest.raises(ValueError, match="unknown target 'tpu': expected one of cpu, cuda, rocm, metal"):
         parse("tpu")
     with pytest.raises(ValueError, match=r"unknown CPU 'pentium': expected cpu .*cpu:x86-64-v3"):
         parse("cpu:pentium")
-    for name in ("cuda", "cuda:sm_90", "rocm:gfx942", "metal"):
-        with pytest.raises(TargetNotYet, match=f"target '{name}' can't be compiled for yet"):
-            parse(name)
+
+
+def test_a_cpu_has_one_host():
+    assert parse("cpu:aarch64", "linux-aarch64")[0].host == "linux-aarch64"
+    with pytest.raises(ValueError, match="host 'linux-aarch64' with target cpu:x86-64-v3: expected linux-x86_64"):
+        parse("cpu:x86-64-v3", "linux-aarch64")
