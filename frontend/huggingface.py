@@ -18,6 +18,7 @@ import tvm
 from torch import nn
 
 from llmc.frontend import export as exporting
+from llmc.frontend import random_weights
 from llmc.frontend import weights as checkpoints
 from llmc.frontend.importer import dtype_name, import_program
 from llmc.frontend.weights import LazyTensor
@@ -48,11 +49,14 @@ class Imported:
     origin: list[tuple[str, int, int]]
 
 
-def load(source: str | os.PathLike, *, dtype: str | None = None, max_context: int | None = None) -> Imported:
+def load(
+    source: str | os.PathLike, *, dtype: str | None = None, max_context: int | None = None, weights: str = "load"
+) -> Imported:
     """Import a model.
 
-    source: a folder with config.json, a .safetensors file or index in one, or a hub id. dtype: what to compute in,
+    source: a folder with config.json, that file, a .safetensors file or index in one, or a hub id. dtype: what to compute in,
     float32 (default), bfloat16 or float16. max_context: the longest sequence to be served; default: the model's own.
+    weights: "load", or "random", for which config.json alone is needed.
     SourceError says what is wrong with the source, in one line.
     """
     dtype = dtype or "float32"
@@ -64,8 +68,14 @@ def load(source: str | os.PathLike, *, dtype: str | None = None, max_context: in
     model_class, own_config = class_of(config)
     model = _explained(config, "be built", lambda: exporting.build(model_class, own_config, getattr(torch, dtype)))
     max_context, notes = context_of(text, max_context, exporting.first_position(model))
-    weights, unused = checkpoints.convert(model, checkpoints.open_checkpoint(folder, file))
-    names = name_parameters(model, weights)
+    if weights == "random":
+        stored_in, spread = getattr(text, "dtype", None), getattr(text, "initializer_range", None)
+        tensors = random_weights.draw(model, dtype_name(stored_in) if stored_in else dtype, spread or 0.02)
+        unused: list[str] = []
+        notes.append("the weights are random: this artifact is for benchmarks")
+    else:
+        tensors, unused = checkpoints.convert(model, checkpoints.open_checkpoint(folder, file))
+    names = name_parameters(model, tensors)
     if text is not config:
         notes.append(f"the text half of a multimodal model ({config.model_type}): it takes no pictures and no sound")
     notes += _explained(config, "be made static", lambda: exporting.fix_rotary(model, max_context))
@@ -76,12 +86,12 @@ def load(source: str | os.PathLike, *, dtype: str | None = None, max_context: in
         config, "be classified", lambda: exporting.classify_masks(program, sizes_in(text.to_dict()), max_context)
     )
     expect_attention(config, text, count)
-    check_weights(model, names, weights)
+    check_weights(model, names, tensors)
     parameters = {f"model.{name}": weight for name, weight in names.items()}
-    stored = {name: tensor.dtype for name, tensor in weights.items()}
+    stored = {name: tensor.dtype for name, tensor in tensors.items()}
     module = _explained(config, "be translated", lambda: import_program(program, parameters, stored))
     used = [str(name) for name in module["main"].attrs["llmc.weights"]]
-    missing = [name for name in used if name not in weights]
+    missing = [name for name in used if name not in tensors]
     if missing:
         raise SourceError(
             f"{folder}: expected the weights of a {config.model_type} model, found no {missing[0]}"
@@ -90,13 +100,13 @@ def load(source: str | os.PathLike, *, dtype: str | None = None, max_context: in
     files = travelling_files(folder, notes)
     facts = facts_of(config, text, files) | {
         "dtype": dtype,
-        "checkpoint_dtype": max({weights[n].dtype for n in used}, key=[weights[n].dtype for n in used].count),
+        "checkpoint_dtype": max({tensors[n].dtype for n in used}, key=[tensors[n].dtype for n in used].count),
         "max_context": max_context,
         "notes": notes,
     }
     status = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
     origin = [(name, found.st_size, found.st_mtime_ns) for name, found in status.items()]
-    return Imported(module, {name: weights[name] for name in used}, facts, files, origin)
+    return Imported(module, {name: tensors[name] for name in used}, facts, files, origin)
 
 
 def locate(source: str | os.PathLike) -> tuple[Path, Path | None]:
@@ -105,6 +115,8 @@ def locate(source: str | os.PathLike) -> tuple[Path, Path | None]:
     if path.is_dir():
         return path, None
     if path.is_file():
+        if path.name == "config.json":
+            return path.parent, None
         if path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json"):
             index = path.parent / checkpoints.INDEX
             sharded = path.suffix == ".safetensors" and path.name != checkpoints.SINGLE and index.exists()

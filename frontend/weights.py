@@ -59,7 +59,7 @@ class LazyTensor:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * np.dtype(_numpy(self.dtype)).itemsize
+        return math.prod(self.shape) * np.dtype(numpy_dtype(self.dtype)).itemsize
 
     def size(self, dim: int | None = None):
         return torch.Size(self.shape) if dim is None else self.shape[dim]
@@ -172,7 +172,7 @@ class _Stacked(LazyTensor):
         self.shape = (len(parts), *parts[0].shape)
 
     def _rows(self, start, stop):
-        out = np.empty((max(stop - start, 0), *self.shape[1:]), _numpy(self.dtype))
+        out = np.empty((max(stop - start, 0), *self.shape[1:]), numpy_dtype(self.dtype))
         for row, part in enumerate(self.parts[start:stop]):
             out[row] = part.read()
         return out
@@ -224,7 +224,7 @@ class _Reshaped(LazyTensor):
         return flat[first - low * old : last - low * old].reshape((stop - start, *self.shape[1:]))
 
 
-def _numpy(dtype: str) -> np.dtype:
+def numpy_dtype(dtype: str) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
 
 

@@ -47,13 +47,15 @@ def compile(
 ) -> Path:
     """Compile a model into an artifact and return the artifact's folder.
 
-    source      a Hugging Face folder, a .safetensors file in one (or its index), or a hub id such as "Qwen/Qwen3-0.6B"
+    source      a Hugging Face folder, a .safetensors file in one (or its index), or a hub id such as "Qwen/Qwen3-0.6B";
+                with weights="random" config.json alone will do
     target      "cpu" is this machine's own; "cpu:x86-64-v3" by name; several joined by commas or as a list
     output      folder to write; default: NAME.llmc in the working directory. Work in progress stands beside it in
                 NAME.llmc.partial, is resumed if its inputs agree, and becomes the artifact by one rename at the end
     overwrite   replace an existing artifact; without it an existing one is refused
     max_context longest sequence to serve, in tokens; default: the model's own limit
     dtype       compute dtype of activations: float32 (default on cpu), bfloat16, float16
+    weights     "load", or "random": seeded, made at load, never stored (benchmarks without a checkpoint)
     verify      evaluate the program after every pass against the imported one
     dump        write a diff of every pass into this folder
     progress    progress(stage, done), done from 0 to 1; or True for a bar on stderr
@@ -63,8 +65,8 @@ def compile(
     for name, value in (("quantize", quantize), ("kv_cache", kv_cache), ("calibrate", calibrate), ("quality", quality)):
         if value is not None:
             raise CompileError(f"{name}={value!r}: {NOT_YET[name]} are not in this version yet; leave {name} out")
-    if weights != "load":
-        raise CompileError(f"weights={weights!r}: expected 'load'; random weights are not in this version yet")
+    if weights not in ("load", "random"):
+        raise CompileError(f"weights={weights!r}: expected 'load' or 'random'")
     if dtype is not None and dtype not in DTYPES:
         raise CompileError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
     if max_context is not None and max_context < 1:
@@ -72,7 +74,7 @@ def compile(
     output = Path(output) if output is not None else Path(f"{model_name(source)}.llmc")
     if output.exists() and not overwrite:
         raise CompileError(f"{output} exists already: give overwrite=True (--overwrite) or another output (-o)")
-    request = Request(source, _targets(target, host), max_context, dtype, verify, dump)
+    request = Request(source, _targets(target, host), max_context, dtype, verify, dump, weights)
     with reporting(progress) as report, _disk_errors(output):
         return _build(request, output, report)
 
@@ -87,6 +89,7 @@ class Request:
     dtype: str | None
     verify: bool
     dump: str | Path | None
+    weights: str = "load"
 
 
 @dataclass
@@ -109,7 +112,8 @@ def _build(request: Request, output: Path, report: Progress) -> Path:
     work = Work.open(output, request, imported)
     programs = [lower(imported, target, request, report) for target in request.targets]
     entries = [_library(work, program, report) for program in programs]
-    weights = _weights(work, programs, imported.weights, report)
+    recipes = _recipes(programs, imported.weights)
+    weights = (_random_weights if request.weights == "random" else _weights)(work, recipes, report)
     manifest = artifact.Manifest(
         name=model_name(request.source),
         model=imported.facts,
@@ -118,7 +122,7 @@ def _build(request: Request, output: Path, report: Progress) -> Path:
         llmc=llmc.__version__,
         files=_files(work, imported.files),
         stages=tuple(stage for program in programs for stage in program.stages),
-        memory=memory_facts(work.folder / weights["file"], programs),
+        memory=memory_facts(programs, recipes) | work.memory,
     )
     return work.finish(manifest, output)
 
@@ -155,7 +159,9 @@ def open_door(request: Request):
         raise SourceError(f"{request.source}: {suffix} files are not read yet; give a Hugging Face folder")
     from llmc.frontend import huggingface
 
-    return huggingface.load(request.source, dtype=request.dtype, max_context=request.max_context)
+    return huggingface.load(
+        request.source, dtype=request.dtype, max_context=request.max_context, weights=request.weights
+    )
 
 
 def lower(imported, target, request: Request, report: Progress) -> Program:
@@ -197,7 +203,8 @@ def _library(work: Work, program: Program, report: Progress):
     if not work.has_library(relative):
         started = time.perf_counter()
         report(f"building {target.name}", 0.0)
-        codegen.build(program.lowered, target, path)
+        for fact, value in codegen.build(program.lowered, target, path).items():
+            work.memory[fact] = max(value, work.memory.get(fact, 0))
         work.libraries[relative] = artifact.sha256(path)
         work.save()
         seconds = round(time.perf_counter() - started, 4)
@@ -226,14 +233,19 @@ def _library(work: Work, program: Program, report: Progress):
     )
 
 
-def _weights(work: Work, programs: list[Program], sources, report: Progress) -> dict:
-    """Evaluate the recipes of all targets into weights.safetensors, a slice at a time; -> its entry in the manifest."""
+def _recipes(programs: list[Program], sources) -> dict[str, Any]:
+    """The recipes of all targets over the checkpoint's weights, by name."""
     from llmc.codegen.weights import Recipe
-    from llmc.runtime import artifact
 
-    recipes = {
+    return {
         name: Recipe(function, sources) for program in programs for name, function in program.lowered.recipes.items()
     }
+
+
+def _weights(work: Work, recipes: dict[str, Any], report: Progress) -> dict:
+    """Evaluate recipes into weights.safetensors, a slice at a time; -> its entry in the manifest."""
+    from llmc.runtime import artifact
+
     total = sum(recipe.nbytes for recipe in recipes.values())
     written = 0
     shapes = {name: (recipe.shape, recipe.dtype) for name, recipe in recipes.items()}
@@ -252,6 +264,24 @@ def _weights(work: Work, programs: list[Program], sources, report: Progress) -> 
         return writer.entry
 
 
+def _random_weights(work: Work, recipes: dict[str, Any], report: Progress) -> dict:
+    """Describe what the recipes make of random weights: mean and spread of their first rows; -> the manifest's entry."""
+    import numpy as np
+
+    from llmc.codegen.weights import numpy_dtype
+
+    described = {}
+    for done, (name, recipe) in enumerate(recipes.items(), 1):
+        rows = next(recipe.slices(size=1 << 18))
+        numbers = rows.view(numpy_dtype(recipe.dtype)).astype(np.float32)
+        mean, spread = (float(f"{value:.2g}") for value in (numbers.mean(), numbers.std()))
+        mean = 0.0 if abs(mean) < spread / 10 else mean  # what is left of a sample's mean
+        described[name] = {"shape": list(recipe.shape), "dtype": recipe.dtype, "mean": mean, "spread": spread}
+        report("describing weights", done / len(recipes))
+    hashes = dict.fromkeys(described, "")
+    return {"file": "", "header_sha256": "", "tensors": hashes, "random": described, "seed": 0}
+
+
 def _files(work: Work, files: dict[str, bytes]) -> dict[str, str]:
     """Write the tokenizer and what else travels along; -> name: sha256."""
     for name, content in files.items():
@@ -259,8 +289,8 @@ def _files(work: Work, files: dict[str, bytes]) -> dict[str, str]:
     return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
-def memory_facts(weights: Path, programs: list[Program]) -> dict[str, int]:
-    """What running will take, in bytes: the mapped weights, and the cache for each token of a sequence."""
+def memory_facts(programs: list[Program], recipes: dict[str, Any]) -> dict[str, int]:
+    """What running will take, in bytes: the weights, and the cache for each token of a sequence."""
     sizes = {"float32": 4, "bfloat16": 2, "float16": 2}
 
     def page_bytes(tensor: dict) -> int:
@@ -273,7 +303,8 @@ def memory_facts(weights: Path, programs: list[Program]) -> dict[str, int]:
         sum(page_bytes(t) // group["page_size"] for group in program.state for t in group["tensors"])
         for program in programs
     )
-    return {"weights_bytes": weights.stat().st_size, "cache_bytes_per_token": per_token}
+    weights = sum(recipe.nbytes for recipe in recipes.values())
+    return {"weights_bytes": weights, "cache_bytes_per_token": per_token}
 
 
 @dataclass
@@ -283,6 +314,7 @@ class Work:
     folder: Path
     inputs: str
     libraries: dict[str, str] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)  # facts of the libraries, see codegen.build
     tensors: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -294,7 +326,7 @@ class Work:
         if state.is_file():
             found = json.loads(state.read_text())
             if found.get("inputs") == inputs:
-                return cls(folder, inputs, found["libraries"], found["tensors"])
+                return cls(folder, inputs, found["libraries"], found["memory"], found["tensors"])
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
@@ -306,7 +338,12 @@ class Work:
         return relative in self.libraries and (self.folder / relative).is_file()
 
     def save(self) -> None:
-        state = {"inputs": self.inputs, "libraries": self.libraries, "tensors": self.tensors}
+        state = {
+            "inputs": self.inputs,
+            "libraries": self.libraries,
+            "memory": self.memory,
+            "tensors": self.tensors,
+        }
         (self.folder / "work.json").write_text(json.dumps(state))
 
     def finish(self, manifest, output: Path) -> Path:
@@ -333,7 +370,7 @@ def _inputs_digest(request: Request, imported) -> str:
         for room in ("llmc", "frontend", "ir", "passes", "codegen", "targets", "runtime")
         for file in (own / room).rglob("*.py")
     )
-    options = [str(request.targets), request.max_context, request.dtype]
+    options = [str(request.targets), request.max_context, request.dtype, request.weights]
     digest = hashlib.sha256(json.dumps([llmc.__version__, code, options, imported.origin]).encode())
     return digest.hexdigest()
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ArtifactError
+from .random_weights import RandomWeights
 from .weights import Weights, WeightsWriter, sha256
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "FORMAT",
     "Function",
     "Manifest",
+    "RandomWeights",
     "StateGroup",
     "StateTensor",
     "TargetEntry",
@@ -92,11 +94,17 @@ class TargetEntry:
 
 @dataclass(frozen=True)
 class WeightsEntry:
-    """The weights file: hash of its header, and of every tensor."""
+    """The weights file: hash of its header, and of every tensor.
+
+    Random weights have no file and no hashes: `random` describes each tensor (see `random_weights.py`), `seed` says
+    which numbers they are.
+    """
 
     file: str
     header_sha256: str
     tensors: dict[str, str]
+    random: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -222,7 +230,8 @@ def read(folder: Path | str) -> Manifest:
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{path}: expected JSON in UTF-8, found {error}: it is damaged; {AGAIN}") from error
     manifest = Manifest.from_json(text, str(path))
-    for relative in (manifest.weights.file, *manifest.files, *(t.library for t in manifest.targets)):
+    weights = () if manifest.weights.random else (manifest.weights.file,)
+    for relative in (*weights, *manifest.files, *(t.library for t in manifest.targets)):
         inside(folder, relative)
     for entry in manifest.targets:
         _check_target(path, manifest, entry)
@@ -259,10 +268,10 @@ def _check_target(path: Path, manifest: Manifest, entry: TargetEntry) -> None:
             raise ArtifactError(f"{where}: state group {i} has impossible sizes: it is damaged; {AGAIN}")
 
 
-def check(folder: Path | str, manifest: Manifest, entry: TargetEntry | None = None) -> Weights:
+def check(folder: Path | str, manifest: Manifest, entry: TargetEntry | None = None) -> Weights | RandomWeights:
     """Compare libraries (of `entry`, or all), text files and the weights' header with their hashes; no tensor is read.
 
-    -> the mapped weights. Raises ArtifactError naming the file.
+    -> the weights, mapped or random. Raises ArtifactError naming the file.
     """
     folder = Path(folder)
     expected = {t.library: t.sha256 for t in ([entry] if entry else manifest.targets)} | manifest.files
@@ -273,6 +282,8 @@ def check(folder: Path | str, manifest: Manifest, entry: TargetEntry | None = No
                 f"{path}: the manifest names this file, found none: the artifact is not complete; {AGAIN}"
             )
         _same(str(path), digest, sha256(path))
+    if manifest.weights.random:
+        return RandomWeights(manifest.weights.random, manifest.weights.seed)
     weights = Weights(inside(folder, manifest.weights.file))
     _same(f"{weights.path}: header", manifest.weights.header_sha256, weights.header_sha256)
     for name in manifest.weights.tensors:
@@ -289,6 +300,8 @@ def check_all(
     """`read` and `check`, and the hash of every tensor. progress(done, total) is told bytes. Raises ArtifactError."""
     manifest = manifest or read(folder)
     weights = check(folder, manifest)
+    if isinstance(weights, RandomWeights):
+        return manifest
     total, done = sum(weights.specs[name].bytes for name in manifest.weights.tensors), 0
     for name, digest in manifest.weights.tensors.items():
         _same(f"{weights.path}: tensor {name}", digest, weights.sha256(name))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from .artifact import Manifest, StateGroup, TargetEntry, check, inside
+from .artifact import Manifest, RandomWeights, StateGroup, TargetEntry, check, inside
 from .dlpack import View
 from .errors import ArtifactError
 from .weights import ALIGNMENT, DTYPES, Weights
@@ -67,6 +67,17 @@ def aligned(size: int) -> np.ndarray:
     return raw[start : start + size * 4].view(np.int32)
 
 
+def aligned_copy(array: np.ndarray) -> np.ndarray:
+    """The array, at a multiple of 64 bytes: a copy where it is not."""
+    if array.ctypes.data % ALIGNMENT == 0:
+        return array
+    raw = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    copy = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
 def page_bytes(group: StateGroup) -> int:
     """Bytes of one page of a group, over all its tensors."""
     sizes = (int(np.prod(t.shape)) * np.dtype(DTYPES[t.dtype][1]).itemsize for t in group.tensors)
@@ -85,6 +96,7 @@ class CpuExecutor:
         weights = check(folder, manifest, target)
         machine, self._from_dlpack, self._convert = _open(inside(folder, target.library).resolve())
         self._keep: list[Any] = [machine, weights]
+        self._arrays: dict[str, np.ndarray] = {}
         self._embed, self._step = _function(machine, target, "embed"), _function(machine, target, "step")
         self._embed_weights = self._bind(weights, target.functions["embed"].weights)
         self._step_weights = self._bind(weights, target.functions["step"].weights)
@@ -99,8 +111,15 @@ class CpuExecutor:
         self._keep.append(view)
         return self._from_dlpack(view)
 
-    def _bind(self, weights: Weights, names: Sequence[str]) -> Any:
-        return self._convert([self._view(weights[name].ctypes.data, *weights.specs[name]) for name in names])
+    def _bind(self, weights: Weights | RandomWeights, names: Sequence[str]) -> Any:
+        arrays = [self._weight(weights, name) for name in names]
+        return self._convert([self._view(a.ctypes.data, *weights.specs[n]) for a, n in zip(arrays, names, strict=True)])
+
+    def _weight(self, weights: Weights | RandomWeights, name: str) -> np.ndarray:
+        """A weight's memory, one for all functions that take it."""
+        if name not in self._arrays:
+            self._arrays[name] = aligned_copy(weights[name]) if isinstance(weights, RandomWeights) else weights[name]
+        return self._arrays[name]
 
     def _reserve(self, group: StateGroup, pages: int) -> list[Any]:
         tensors = []
@@ -142,6 +161,7 @@ class CpuExecutor:
         self._embed_weights = self._step_weights = self._all_pages = self._group_pages = None
         self._embed = self._step = self._copies = None
         self._keep.clear()
+        self._arrays.clear()
 
 
 def _function(machine: Any, target: TargetEntry, name: str) -> Any:

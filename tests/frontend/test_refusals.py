@@ -41,7 +41,9 @@ def refused(message, folder, **options):
 def test_sources_are_found(llama, tmp_path):
     assert locate(llama) == (llama, None)
     assert locate(str(llama / "model.safetensors")) == (llama, llama / "model.safetensors")
-    refused("expected a folder, a .safetensors file or its index", llama / "config.json")
+    assert locate(llama / "config.json") == (llama, None)
+    (tmp_path / "weights.bin").touch()
+    refused("expected a folder, a .safetensors file or its index", tmp_path / "weights.bin")
     refused("expected a folder, a .safetensors file or a hub id, found nothing there", tmp_path / "nowhere")
     refused("expected a folder, a .safetensors file or a hub id, found nothing there", "./nowhere/else")
 

@@ -55,7 +55,7 @@ def test_wrong_usage(arguments):
         (["--kv-cache", "int8"], "not in this version yet"),
         (["--dtype", "float8"], "dtype='float8': expected one of float32, bfloat16, float16"),
         (["--max-context", "0"], "max_context=0: expected at least 1 token"),
-        (["--weights", "none"], "weights='none': expected 'load'"),
+        (["--weights", "none"], "weights='none': expected 'load' or 'random'"),
     ],
 )
 def test_options_that_are_refused(tmp_path, options, expected):

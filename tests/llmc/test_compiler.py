@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 import llmc
+from llmc.cli import main
 from llmc.compiler import model_name
 
 TINY_PYTHON = Path(__file__).parents[1] / "data" / "tiny-python"
@@ -118,7 +120,7 @@ def test_an_interrupted_compilation_goes_on(tmp_path, monkeypatch):
     assert work["libraries"] and work["tensors"]
 
     built = []
-    monkeypatch.setattr(codegen, "build", lambda *_: built.append(True))
+    monkeypatch.setattr(codegen, "build", lambda *_: built.append(True) or {})
     assert llmc.compile(TINY_PYTHON, output=output) == output
     assert not built
     assert [path.name for path in tmp_path.iterdir()] == ["a.llmc"]
@@ -198,24 +200,86 @@ def remote_code(folder):
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "evil", "auto_map": mapped}))
 
 
+def lying(folder):
+    weights = folder / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes((len(data) * 2).to_bytes(8, "little") + data[8:])
+
+
+def changed(folder, name, change):
+    """The folder with one tensor changed."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, folder / "model.safetensors")
+
+
+def wrong_shape(folder):
+    changed(folder, "model.norm.weight", lambda tensor: tensor[:-1])
+
+
+def wrong_dtype(folder):
+    changed(folder, "model.norm.weight", lambda tensor: tensor.int())
+
+
+def index(folder, shard):
+    names = list(load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
+
+
+def missing_shard(folder):
+    index(folder, "model-00001-of-00002.safetensors")
+
+
+def leaving_index(folder):
+    index(folder, "../elsewhere/model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
         (without_config, "config.json"),
         (truncated, "model.safetensors"),
+        (lying, "model.safetensors"),
         (unknown_type, "abacus"),
         (remote_code, "code"),
+        (wrong_shape, "model.norm.weight: expected shape [256] by config.json, found [255]"),
+        (wrong_dtype, "model.norm.weight: expected one of float32, bfloat16, float16, found int32"),
+        (missing_shard, "model-00001-of-00002.safetensors"),
+        (leaving_index, "expected shards inside the folder"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, folder, damage, expected):
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, folder, damage, expected, monkeypatch, capsys):
     damage(folder)
+    monkeypatch.chdir(tmp_path)
     there = sorted(path.name for path in tmp_path.iterdir())
-    done = command("compile", folder, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    lines = [line for line in done.stderr.strip().splitlines() if line.startswith("llmc: ")]
-    assert len(lines) == 1 and expected in lines[0], done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(SystemExit) as stopped:
+        main(["compile", str(folder)])
+    errors = capsys.readouterr().err
+    assert stopped.value.code == 2
+    lines = [line for line in errors.strip().splitlines() if line.startswith("llmc: ")]
+    assert len(lines) == 1 and expected in lines[0], errors
+    assert "Traceback" not in errors
     assert sorted(path.name for path in tmp_path.iterdir()) == there
+
+
+def test_random_weights_need_a_config_alone(tmp_path, folder):
+    (folder / "model.safetensors").unlink()
+    path = llmc.compile(folder / "config.json", weights="random", output=tmp_path / "random.llmc")
+    assert not (path / "weights.safetensors").exists()
+    report = llmc.inspect(path, check=True)
+    assert "the weights are random" in str(report)
+    prompts = [[1, 2, 3], [4]]
+    with llmc.load(path) as model, llmc.load(path) as other:
+        found = model.logits(prompts)
+        assert all(np.isfinite(logits).all() and logits.std() > 0 for logits in found)
+        assert all(np.array_equal(a, b) for a, b in zip(found, other.logits(prompts), strict=True))
+        assert len(model.generate(prompts[0], max_tokens=4, ignore_eos=True).token_ids) == 4
+
+
+def test_the_manifest_says_what_a_step_sets_aside(tiny_python):
+    memory = llmc.inspect(tiny_python).manifest.memory
+    assert memory["max_step_tokens"] >= 512
+    assert memory["intermediate_bytes"] > memory["max_step_tokens"] * 256 * 4
 
 
 def test_run_and_bench_commands(tiny_python, tmp_path):
