@@ -54,8 +54,9 @@ def load(
 ) -> Imported:
     """Import a model.
 
-    source: a folder with config.json, that file, a .safetensors file or index in one, or a hub id. dtype: what to compute in,
-    float32 (default), bfloat16 or float16. max_context: the longest sequence to be served; default: the model's own.
+    source: a folder with config.json, that file, a .safetensors file or index in one, or a hub id. dtype: what to
+    compute in, float32 (default), bfloat16 or float16. max_context: the longest sequence to be served; default: the
+    model's own.
     weights: "load", or "random", for which config.json alone is needed.
     SourceError says what is wrong with the source, in one line.
     """

@@ -265,7 +265,7 @@ def _weights(work: Work, recipes: dict[str, Any], report: Progress) -> dict:
 
 
 def _random_weights(work: Work, recipes: dict[str, Any], report: Progress) -> dict:
-    """Describe what the recipes make of random weights: mean and spread of their first rows; -> the manifest's entry."""
+    """Describe what the recipes make of random weights: mean and spread of a few rows; -> the manifest's entry."""
     import numpy as np
 
     from llmc.codegen.weights import numpy_dtype
