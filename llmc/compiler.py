@@ -100,6 +100,7 @@ class Program:
     lowered: Any
     state: list[dict]
     stages: list[dict] = field(default_factory=list)
+    verifier: Any = None
 
 
 def _build(request: Request, output: Path, report: Progress) -> Path:
@@ -124,7 +125,10 @@ def _build(request: Request, output: Path, report: Progress) -> Path:
         stages=tuple(stage for program in programs for stage in program.stages),
         memory=memory_facts(programs, recipes) | work.memory,
     )
-    return work.finish(manifest, output)
+    work.write(manifest)
+    for program in programs:
+        _verify_library(work, program, report)
+    return work.finish(output)
 
 
 def model_name(source: str | Path) -> str:
@@ -167,29 +171,38 @@ def open_door(request: Request):
 def lower(imported, target, request: Request, report: Progress) -> Program:
     """The imported form to kernels for one target."""
     from llmc import codegen
+    from llmc.ir.debug import debug_level, log
+    from llmc.ir.text import text
     from llmc.passes import manager
     from llmc.passes.goal import Goal
     from llmc.passes.pipeline import PIPELINE
 
     goal = Goal(target=target, dtype=imported.facts["dtype"], max_context=imported.facts["max_context"])
-    count = sum(len(stage.passes) for stage in PIPELINE)
+    stages = (*PIPELINE, codegen.KERNELS)
+    count = sum(len(stage.passes) for stage in stages)
     hooks: list[Any] = [lambda index, current, before, after: report("passes", index / count)]
+    verifier = None
     if request.dump is not None:
         from llmc.passes.dump import Dump
 
-        hooks.append(Dump(request.dump))
+        folder = Path(request.dump)
+        hooks.append(Dump(folder if len(request.targets) == 1 else folder / target.name.replace(":", "-")))
     if request.verify:
         from llmc.passes.verify import Verifier
 
-        hooks.append(Verifier(imported.module, imported.weights, goal).on_pass)
-    result = manager.run(imported.module, goal, on_pass=hooks)
+        verifier = Verifier(imported.module, imported.weights, goal)
+        hooks.append(_until(codegen.KERNELS, verifier.on_pass))
+    result = manager.run(imported.module, goal, stages=stages, on_pass=hooks)
     state = json.loads(str(result.module["step"].attrs["llmc.state"]))
-    started = time.perf_counter()
-    report("kernels", 0.0)
-    lowered = codegen.lower(result.module, goal)
-    report("kernels", 1.0)
-    kernels = {"name": "kernels", "seconds": round(time.perf_counter() - started, 4), "passes": []}
-    return Program(target, lowered, state, [*result.stages, kernels])
+    lowered = codegen.lowered(result.module)
+    if debug_level() >= 4:
+        log(text(lowered.module))
+    return Program(target, lowered, state, list(result.stages), verifier)
+
+
+def _until(stage, hook):
+    """The hook, for the passes before a stage: kernels are verified in the artifact, as they will run."""
+    return lambda index, current, before, after: current in stage.passes or hook(index, current, before, after)
 
 
 def _library(work: Work, program: Program, report: Progress):
@@ -231,6 +244,25 @@ def _library(work: Work, program: Program, report: Progress):
         functions={name: artifact.Function(tuple(names)) for name, names in program.lowered.weights.items()},
         kernels=tuple(program.lowered.kernels),
     )
+
+
+def _verify_library(work: Work, program: Program, report: Progress) -> None:
+    """Where verification was asked for: what the library computes, all sequences in one call, is what the imported
+    program computes. Code for another machine is left to `llmc verify`."""
+    from llmc.runtime import artifact
+
+    if program.verifier is None or program.target.kind != "cpu":
+        return
+    verifier, entry = program.verifier, program.target.name
+    try:
+        artifact.choose_target(artifact.read(work.folder), entry)
+    except llmc.ArtifactError:
+        return  # a CPU of another kind
+    report("verifying the library", 0.0)
+    with llmc.load(work.folder, target=entry) as model:
+        found = dict(zip(verifier.tokens, model.logits([t.tolist() for t in verifier.tokens.values()]), strict=True))
+    verifier.judge(found, "the kernels", stage="kernels")
+    report("verifying the library", 1.0)
 
 
 def _recipes(programs: list[Program], sources) -> dict[str, Any]:
@@ -346,11 +378,14 @@ class Work:
         }
         (self.folder / "work.json").write_text(json.dumps(state))
 
-    def finish(self, manifest, output: Path) -> Path:
-        """Write the manifest and put the folder in its place by one rename."""
+    def write(self, manifest) -> None:
+        """Write the manifest: the folder is an artifact now."""
         from llmc.runtime import artifact
 
         artifact.write(self.folder, manifest)
+
+    def finish(self, output: Path) -> Path:
+        """Put the folder in its place by one rename."""
         (self.folder / "work.json").unlink()
         if output.exists():
             old = output.with_name(output.name + ".old")

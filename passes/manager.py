@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import tvm
 
+from llmc.ir.debug import debug_level, log
 from llmc.ir.errors import CompileError
 from llmc.ir.forms import check_well_formed
 from llmc.ir.text import diff
@@ -43,8 +42,7 @@ def run(
     formed after every pass; False checks nothing. A CompileError raised by a pass, a hook or a check leaves with its
     `stage` and `pass_name` set.
 
-    LLMC_DEBUG=1 prints stages with their times to stderr, 2 also passes, 3 also the diff of every pass (4: kernel
-    sources, in codegen).
+    LLMC_DEBUG says how much of it is printed, see ir/debug.py.
     """
     hooks = [on_pass] if callable(on_pass) else list(on_pass or ())
     level = debug_level()
@@ -81,13 +79,3 @@ def run(
         if level >= 1:
             log(f"stage {stage.name}: {entry['seconds']:.3f} s")
     return Result(module, record)
-
-
-def debug_level() -> int:
-    """LLMC_DEBUG as a number; 0 where it is unset or no number."""
-    value = os.environ.get("LLMC_DEBUG", "")
-    return int(value) if value.isdigit() else 0
-
-
-def log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -66,16 +66,28 @@ class Verifier:
         if after.same_as(before):
             return
         found = self.run(after)
-        errors = {s: difference(found[s], self.wanted[s], self.spread) for s in self.tokens}
-        sequence = max(errors, key=lambda s: errors[s])
-        if errors[sequence] <= self.tolerance:
+        sequence, error = self.worst(found)
+        if error <= self.tolerance:
             return
         op, where = self.locate(before, after, sequence)
-        raise CompileError(
-            f"{current.name} changed what the program computes: expected the imported program's logits within "
-            f"{self.tolerance:g} of their spread, found an error of {errors[sequence]:.2g}; {where}",
-            pass_name=current.name,
-            op=op,
+        raise CompileError(f"{self.words(current.name, error)}; {where}", pass_name=current.name, op=op)
+
+    def judge(self, found: Mapping[int, np.ndarray], what: str, *, stage: str) -> None:
+        """Raises CompileError where logits [n, vocab] of the sequences, computed by `what`, are not those wanted."""
+        _, error = self.worst(found)
+        if not error <= self.tolerance:
+            raise CompileError(self.words(what, error), stage=stage)
+
+    def worst(self, found: Mapping[int, np.ndarray]) -> tuple[int, float]:
+        """The sequence with the largest error, and that error."""
+        errors = {s: difference(found[s], self.wanted[s], self.spread) for s in self.tokens}
+        sequence = max(errors, key=lambda s: errors[s])
+        return sequence, errors[sequence]
+
+    def words(self, what: str, error: float) -> str:
+        return (
+            f"{what} changed what the program computes: expected the imported program's logits within "
+            f"{self.tolerance:g} of their spread, found an error of {error:.2g}"
         )
 
     @cached_property

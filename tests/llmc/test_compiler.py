@@ -91,7 +91,39 @@ def test_verify_of_an_artifact_says_what_there_is(tiny_python):
 def test_dump_and_verify(tmp_path):
     path = llmc.compile(TINY_PYTHON, output=tmp_path / "a.llmc", dump=tmp_path / "passes", verify=True)
     assert path.is_dir()
-    assert any(file.name.endswith("page_attention.diff") for file in (tmp_path / "passes").iterdir())
+    written = [file.name.partition("-")[2] for file in sorted((tmp_path / "passes").iterdir())]
+    assert written.index("page_attention.diff") < written.index("lower_matmul.diff")
+
+
+def test_verify_sees_a_fault_in_what_was_built(tmp_path, monkeypatch):
+    """The packed weights of one product are wrong: no pass can see it, the artifact can."""
+    from llmc.codegen.weights import Recipe
+
+    slices = Recipe.slices
+
+    def faulty(recipe, *size):
+        for rows in slices(recipe, *size):
+            yield rows if any("down_proj" not in name for name in names(recipe)) else rows[..., ::-1]
+
+    def names(recipe):
+        return [str(name) for name in recipe.function.attrs["llmc.sources"]]
+
+    monkeypatch.setattr(Recipe, "slices", faulty)
+    with pytest.raises(llmc.CompileError, match="the kernels changed what the program computes: expected") as error:
+        llmc.compile(TINY_PYTHON, output=tmp_path / "a.llmc", verify=True)
+    assert error.value.stage == "kernels"
+    assert not (tmp_path / "a.llmc").exists()
+
+
+@pytest.mark.parametrize(("level", "shown"), [("1", "stage kernels: "), ("2", "  lower_pages: "), ("4", "T.prim_func")])
+def test_debug_reaches_the_kernels(level, shown, monkeypatch, capsys):
+    from llmc.compiler import Request, lower, open_door
+    from llmc.targets import detect
+
+    monkeypatch.setenv("LLMC_DEBUG", level)
+    request = Request(TINY_PYTHON, (detect(),), None, None, False, None)
+    lower(open_door(request), detect(), request, lambda stage, done: None)
+    assert shown in capsys.readouterr().err
 
 
 def test_names():
