@@ -138,15 +138,21 @@ def tokens(task: str) -> int:
 
 
 def table(found: dict) -> str:
-    """Tokens a second (median, and range over rounds), and llmc's ratio to each engine."""
-    lines = ["| task | engine | tokens/s | range | llmc / engine |", "|---|---|---|---|---|"]
+    """Tokens a second (median, and range over rounds), and the ratios to each engine of llmc computing in float32 and
+    in bfloat16. An engine that names its dtype is compared with the same."""
+    own = ("llmc-float32", "llmc-bfloat16")
+    lines = ["| task | engine | tokens/s | range | float32 / engine | bfloat16 / engine |", "|---|---|---|---|---|---|"]
     for task, engines in found["seconds"].items():
         rate = {e: [tokens(task) / s for s in seconds] for e, seconds in engines.items()}
         for engine, rates in rate.items():
-            mine = "llmc-bfloat16" if engine.endswith("bfloat16") and "llmc-bfloat16" in rate else "llmc-float32"
             median = statistics.median(rates)
-            ratio = "" if engine.startswith("llmc") else f"{statistics.median(rate[mine]) / median:.2f}"
-            lines.append(f"| {task} | {engine} | {median:.1f} | {min(rates):.1f} to {max(rates):.1f} | {ratio} |")
+            cells = []
+            for mine in own:
+                other_dtype = engine.startswith("transformers") and mine.split("-")[1] != engine.split("-")[1]
+                shown = mine in rate and engine not in own and not other_dtype
+                cells.append(f"{statistics.median(rate[mine]) / median:.2f}" if shown else "")
+            ranged = f"{min(rates):.1f} to {max(rates):.1f}"
+            lines.append(f"| {task} | {engine} | {median:.1f} | {ranged} | {' | '.join(cells)} |")
     lines.append("")
     lines.append(f"read bandwidth {found['bandwidth'] / 1e9:.1f} GB/s on {cores()} cores")
     return "\n".join(lines)

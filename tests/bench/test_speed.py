@@ -30,14 +30,22 @@ def test_table_has_medians_and_ratios():
         "bandwidth": 20e9,
         "seconds": {
             "decode-128": {"llmc-float32": [0.1, 0.2, 0.1], "llama.cpp": [0.2, 0.2, 0.4]},
-            "prefill-512": {"llmc-float32": [2.0], "llmc-bfloat16": [1.0], "transformers-bfloat16": [4.0]},
+            "prefill-512": {
+                "llmc-float32": [2.0],
+                "llmc-bfloat16": [1.0],
+                "llama.cpp": [4.0],
+                "transformers-bfloat16": [4.0],
+                "transformers-float32": [4.0],
+            },
             "batch8-128": {"llmc-float32": [0.5]},
         },
     }
     text = speed.table(found)
-    assert "| decode-128 | llmc-float32 | 10.0 | 5.0 to 10.0 |  |" in text
-    assert "| decode-128 | llama.cpp | 5.0 | 2.5 to 5.0 | 2.00 |" in text
-    assert "| prefill-512 | transformers-bfloat16 | 128.0 | 128.0 to 128.0 | 4.00 |" in text
+    assert "| decode-128 | llmc-float32 | 10.0 | 5.0 to 10.0 |  |  |" in text
+    assert "| decode-128 | llama.cpp | 5.0 | 2.5 to 5.0 | 2.00 |  |" in text
+    assert "| prefill-512 | llama.cpp | 128.0 | 128.0 to 128.0 | 2.00 | 4.00 |" in text
+    assert "| prefill-512 | transformers-bfloat16 | 128.0 | 128.0 to 128.0 |  | 4.00 |" in text
+    assert "| prefill-512 | transformers-float32 | 128.0 | 128.0 to 128.0 | 2.00 |  |" in text
     assert "| batch8-128 | llmc-float32 | 16.0 |" in text
     assert "read bandwidth 20.0 GB/s" in text
 
