@@ -36,8 +36,23 @@ def source(kind):
 
 SPELLED = {
     "cuda": ["__syncthreads()", "__syncwarp()", "__shfl_xor_sync", "__shfl_sync", "fmaf(", "exp2f(", "*(uint4*)"],
-    "rocm": ["llvm.amdgcn.s.barrier", "llvm.amdgcn.wave.barrier", "llvm.amdgcn.ds.bpermute", "llvm.fma.f32", "llvm.exp2.f32", "<4 x i32>"],
-    "metal": ["threadgroup_barrier(", "simd_shuffle_xor(", "simd_shuffle(", "fma(", "exp2(", "uint4*)", "simdgroup_barrier("],
+    "rocm": [
+        "llvm.amdgcn.s.barrier",
+        "llvm.amdgcn.wave.barrier",
+        "llvm.amdgcn.ds.bpermute",
+        "llvm.fma.f32",
+        "llvm.exp2.f32",
+        "<4 x i32>",
+    ],
+    "metal": [
+        "threadgroup_barrier(",
+        "simd_shuffle_xor(",
+        "simd_shuffle(",
+        "fma(",
+        "exp2(",
+        "uint4*)",
+        "simdgroup_barrier(",
+    ],
 }
 
 
