@@ -10,7 +10,7 @@ from tvm import relax, tirx
 
 from llmc.ir.rewrite import Rewriter
 
-from .cpu.append import copy_pages
+from .backend import backend
 
 __all__ = ["AddCopyPages", "BundleArguments"]
 
@@ -75,7 +75,7 @@ class AddCopyPages:
     def run(self, module: tvm.IRModule, goal) -> tvm.IRModule:
         step = module["step"]
         groups = json.loads(str(step.attrs["llmc.state"]))
-        builder = relax.BlockBuilder(module)
+        builder, machine = relax.BlockBuilder(module), backend(goal.target)
         for g, group in enumerate(groups):
             count, number = tirx.Var("k", "int64"), tirx.Var("p", "int64")
             source, target = (relax.Var(s, relax.TensorType([count], "int32")) for s in ("source", "target"))
@@ -85,7 +85,7 @@ class AddCopyPages:
                 with builder.dataflow():
                     done = []
                     for i, (tensor, ty) in enumerate(zip(group["tensors"], types, strict=True)):
-                        kernel = copy_pages(goal.target, tuple(tensor["shape"]), tensor["dtype"])
+                        kernel = machine.copy_pages(tuple(tensor["shape"]), tensor["dtype"])
                         kernel = builder.add_func(kernel.without_attr("global_symbol"), "copy_pages")
                         pool = builder.emit(relax.TupleGetItem(pages, i))
                         done.append(builder.emit(relax.op.call_tir_inplace(kernel, [pool, source, target], 0, ty)))

@@ -11,7 +11,7 @@ from tvm.relax import op as R
 
 from llmc.ir.rewrite import Rewriter, bindings, op_name
 
-from .rows.emit import row_kernel
+from .backend import backend
 from .rows.naming import region_name
 from .rows.program import Program
 from .rows.rules import RULES
@@ -41,7 +41,7 @@ class FuseRows:
     def run(self, module: tvm.IRModule, goal) -> tvm.IRModule:
         kernels: dict = {}
         for function in ("embed", "step"):
-            module = _Fuse(module, function, goal.target, kernels).run()
+            module = _Fuse(module, function, backend(goal.target), kernels).run()
         return module
 
 
@@ -55,9 +55,9 @@ class _Region:
 
 
 class _Fuse(Rewriter):
-    def __init__(self, module, function, target, kernels):
+    def __init__(self, module, function, machine, kernels):
         super().__init__(module, function)
-        self.target, self.kernels = target, kernels
+        self.machine, self.kernels = machine, kernels
         self.order = list(bindings(self.old))
         self.defined = {b.var: b for b in self.order}
         self.rowwise_so_far: set = set()
@@ -237,7 +237,7 @@ class _Fuse(Rewriter):
         key = (made.program.key(), tuple(params))
         if key not in self.kernels:
             name = region_name(made.bindings)
-            kernel = row_kernel(made.program, name, params, self.target).without_attr("global_symbol")
+            kernel = self.machine.row_kernel(made.program, name, params).without_attr("global_symbol")
             self.kernels[key] = self.builder.add_func(kernel.with_attr("op_pattern", 8), name)
         return self.kernels[key]
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import tvm
 from tvm import relax
 
+from .backend import backend
+
 __all__ = ["Legalize"]
 
 
@@ -22,8 +24,9 @@ class Legalize:
     name: str = "legalize"
 
     def run(self, module: tvm.IRModule, goal) -> tvm.IRModule:
-        with tvm.target.Target(goal.target.llvm()):
-            return tvm.transform.Sequential(
+        machine = backend(goal.target)
+        with machine.legalize_target():
+            module = tvm.transform.Sequential(
                 [
                     relax.transform.InlinePrivateFunctions(),
                     relax.backend.DispatchSampling(),
@@ -36,6 +39,7 @@ class Legalize:
                     relax.transform.DeadCodeElimination(entries(module)),
                 ]
             )(module)
+            return machine.schedule(module)
 
 
 def entries(module: tvm.IRModule) -> list[str]:

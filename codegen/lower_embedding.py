@@ -1,4 +1,4 @@
-"""Rows of an embedding: cast after they are taken, and taken from the head's panels where both are one weight."""
+"""Rows of an embedding: cast after they are taken, and taken from the packed head where both are one weight."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from tvm.relax import op as R
 
 from llmc.ir.rewrite import Rewriter, bindings, op_name
 
-from .cpu.gather import take
-from .cpu.pack import panels
-from .lower_matmul import pack
+from .backend import activation_dtype, backend
 from .weight_only import FLOATS, WeightOnly
 
 __all__ = ["LowerEmbedding"]
@@ -20,7 +18,7 @@ __all__ = ["LowerEmbedding"]
 
 @dataclass(frozen=True)
 class LowerEmbedding:
-    """take(astype(w, d), ids) becomes astype(take(w, ids), d); a w that a product packs is taken from its panels.
+    """take(astype(w, d), ids) becomes astype(take(w, ids), d); a w that a product packs is taken from what it packs.
 
         x = take(astype(w, "float32"), ids); ... y = matmul(h, permute_dims(astype(w, "float32")))
         -> x = call_tir(take, (packed, ids)), packed as LowerMatmul packs it: stored once
@@ -33,7 +31,7 @@ class LowerEmbedding:
     def run(self, module: tvm.IRModule, goal) -> tvm.IRModule:
         packed = set().union(*(_multiplied(module[f]) for f in ("embed", "step")))
         for function in ("embed", "step"):
-            module = _Lower(module, function, goal.target, packed).run()
+            module = _Lower(module, function, backend(goal.target), packed).run()
         return module
 
 
@@ -53,9 +51,9 @@ def _multiplied(function: relax.Function) -> set[str]:
 
 
 class _Lower(Rewriter):
-    def __init__(self, module, function, target, packed):
+    def __init__(self, module, function, machine, packed):
         super().__init__(module, function)
-        self.known, self.target, self.packed = WeightOnly(self.old), target, packed
+        self.known, self.machine, self.packed = WeightOnly(self.old), machine, packed
 
     def rewrite(self, var, value):
         if op_name(value) != "take" or value.args[0] not in self.known or value.args[1] in self.known:
@@ -66,19 +64,19 @@ class _Lower(Rewriter):
         if table not in self.known.sources:
             return self.again(value)
         wanted, dtype = str(var.ty.dtype), str(table.ty.dtype)
-        if self._from_panels(table, value):
+        if self._from_packed(table, value):
             rows, depth = (int(d) for d in table.ty.shape)
-            out = "bfloat16" if wanted == "bfloat16" else "float32"
-            kernel = take(self.target, rows, depth, weight=dtype, out=out, packed=True, ids=str(ids.ty.dtype))
+            out = activation_dtype(self.machine, wanted)
+            kernel = self.machine.take(rows, depth, weight=dtype, out=out, ids=str(ids.ty.dtype))
             kernel = self.builder.add_func(kernel.without_attr("global_symbol"), "take_packed")
-            packed = pack(self.emit, self.get(table), panels(self.target, rows, depth, dtype))
+            packed = self.machine.pack(self.emit, self.get(table), rows, depth, dtype)
             taken = R.call_tir(kernel, [packed, self.get(ids)], relax.TensorType(var.ty.shape, out))
             dtype = out
         else:
             taken = relax.Call(value.op, [self.get(table), self.get(ids)], value.attrs, value.ty_args)
         return taken if dtype == wanted else R.astype(self.emit(taken), wanted)
 
-    def _from_panels(self, table, value) -> bool:
+    def _from_packed(self, table, value) -> bool:
         rank = len(value.args[1].ty.shape)
         by_row = value.attrs.axis is not None and int(value.attrs.axis) == 0
         return self.known.sources[table] in self.packed and by_row and rank == 1 and str(table.ty.dtype) in FLOATS

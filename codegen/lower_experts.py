@@ -11,10 +11,7 @@ from tvm.relax import op as R
 from llmc.ir.ops import attributes_of, op_of
 from llmc.ir.rewrite import Rewriter
 
-from .cpu.experts import expert_linear
-from .cpu.matmul import Epilogue
-from .cpu.pack import panels
-from .lower_matmul import pack
+from .backend import activation_dtype, backend
 from .weight_only import FLOATS, WeightOnly, narrowed, transposed_rows
 
 __all__ = ["LowerExperts"]
@@ -33,13 +30,13 @@ class LowerExperts:
     name: str = "lower_experts"
 
     def run(self, module: tvm.IRModule, goal) -> tvm.IRModule:
-        return _Lower(module, "step", goal.target).run()
+        return _Lower(module, "step", backend(goal.target)).run()
 
 
 class _Lower(Rewriter):
-    def __init__(self, module, function, target):
+    def __init__(self, module, function, machine):
         super().__init__(module, function)
-        self.target, self.known = target, WeightOnly(self.old)
+        self.machine, self.known = machine, WeightOnly(self.old)
 
     def rewrite(self, var, value):
         if op_of(self.module, value) != "expert_linear":
@@ -53,22 +50,20 @@ class _Lower(Rewriter):
             rows = narrowed(self, self.known, w)
         experts, columns, depth = (int(d) for d in rows.ty.shape)
         weight, wanted = str(rows.ty.dtype), str(var.ty.dtype)
-        activation = "bfloat16" if str(x.ty.dtype) == "bfloat16" else "float32"
+        activation = activation_dtype(self.machine, str(x.ty.dtype))
         bias = [self.get(b) for b in bias]
-        kernel = expert_linear(
-            self.target,
+        kernel = self.machine.expert_linear(
             experts,
             columns,
             depth,
             weight=weight,
             activation=activation,
-            out=activation,
             ids=str(ids.ty.dtype),
-            epilogue=Epilogue(bias=str(bias[0].ty.dtype) if bias else None),
+            bias=str(bias[0].ty.dtype) if bias else None,
         )
         name = f"expert_linear_{experts}x{columns}x{depth}"
         kernel = self.builder.add_func(kernel.without_attr("global_symbol"), name)
-        packed = pack(self.emit, rows, panels(self.target, columns, depth, weight))
+        packed = self.machine.pack(self.emit, rows, columns, depth, weight)
         x = self.get(x)
         if str(x.ty.dtype) != activation:
             x = self.emit(R.astype(x, activation))

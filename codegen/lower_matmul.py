@@ -1,4 +1,4 @@
-"""Matrix products with a weight become kernels over packed panels."""
+"""Matrix products with a weight become kernels over packed weights."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from tvm.relax import op as R
 
 from llmc.ir.rewrite import Rewriter, bindings, op_name
 
-from .cpu.matmul import matmul
-from .cpu.pack import Panels, panels
+from .backend import activation_dtype, backend
 from .weight_only import FLOATS, WeightOnly, transposed_rows, variables
 
-__all__ = ["LowerMatmul", "pack"]
+__all__ = ["LowerMatmul"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class LowerMatmul:
 
         y = matmul(x, permute_dims(astype(w, "float32")))
         ->
-        packed = permute_dims(reshape(pad(w)))          weight-only: LiftWeights makes a recipe of it
+        packed = permute_dims(reshape(pad(w)))          weight-only, as the machine packs; LiftWeights: a recipe
         y = call_tir(matmul_2048x512, (x, packed))
 
     Keeps: the values, but for the order of sums (float32, in rising k) and for one rounding where a cast of the product
@@ -35,14 +34,14 @@ class LowerMatmul:
 
     def run(self, module: tvm.IRModule, goal) -> tvm.IRModule:
         for function in ("embed", "step"):
-            module = _Lower(module, function, goal.target).run()
+            module = _Lower(module, function, backend(goal.target)).run()
         return module
 
 
 class _Lower(Rewriter):
-    def __init__(self, module, function, target):
+    def __init__(self, module, function, machine):
         super().__init__(module, function)
-        self.target = target
+        self.machine = machine
         self.known = WeightOnly(self.old)
         self.users: dict[relax.Var, list] = {}
         for b in bindings(self.old):
@@ -60,11 +59,10 @@ class _Lower(Rewriter):
         rows = transposed_rows(self, self.known, w)
         x = self.get(x)
         weight = str(rows.ty.dtype)
-        activation = "bfloat16" if str(x.ty.dtype) == "bfloat16" else "float32"
+        activation = activation_dtype(self.machine, str(x.ty.dtype))
         out = self._out(var)
-        layout = panels(self.target, columns, depth, weight)
-        packed = pack(self.emit, rows, layout)
-        kernel = matmul(self.target, columns, depth, weight=weight, activation=activation, out=out)
+        packed = self.machine.pack(self.emit, rows, columns, depth, weight)
+        kernel = self.machine.matmul(columns, depth, weight=weight, activation=activation, out=out)
         name = f"matmul_{columns}x{depth}" + ("" if weight == "float32" else f"_{weight}")
         kernel = self.builder.add_func(kernel.without_attr("global_symbol"), name)
         if str(x.ty.dtype) != activation:
@@ -91,30 +89,15 @@ class _Lower(Rewriter):
         return known and all(str(a.ty.dtype) in FLOATS for a in (x, w))
 
     def _folds(self, var) -> bool:
-        """The product's only user casts it to bfloat16: the kernel may do so."""
+        """The product's only user casts it to a dtype that the kernel may give."""
         users = self.users.get(var, [])
         if len(users) != 1 or var.same_as(self.old.body.body):
             return False
-        return op_name(users[0].value) == "astype" and str(users[0].var.ty.dtype) in ("bfloat16", "float32")
+        return op_name(users[0].value) == "astype" and str(users[0].var.ty.dtype) in self.machine.activations
 
     def _out(self, var) -> str:
         if self._folds(var):
             user = self.users[var][0].var
             self.folded.add(user)
             return str(user.ty.dtype)
-        return "bfloat16" if str(var.ty.dtype) == "bfloat16" else "float32"
-
-
-def pack(emit, rows: relax.Expr, layout: Panels) -> relax.Expr:
-    """rows [..., columns, depth] in panels [..., panels, steps, vectors, lanes(, 2)], as plain Relax ops."""
-    lead = [int(d) for d in rows.ty.shape][:-2]
-    zeros = [0, 0] * len(lead)
-    down, along = layout.count * layout.width - layout.columns, layout.steps * layout.pair - layout.depth
-    if down or along:
-        rows = emit(R.nn.pad(rows, [*zeros, 0, down, 0, along], "constant", 0.0))
-    shape = [*lead, layout.count, layout.vectors, layout.lanes, layout.steps]
-    k = len(lead)
-    axes = [*range(k), k, k + 3, k + 1, k + 2]
-    if layout.pair == 2:
-        shape, axes = [*shape, 2], [*axes, k + 4]
-    return emit(R.permute_dims(emit(R.reshape(rows, shape)), axes))
+        return activation_dtype(self.machine, str(var.ty.dtype))

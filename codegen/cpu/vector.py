@@ -179,6 +179,13 @@ class Vector:
         """
         return T.bind(T.call_llvm_intrin(self.f32, "llvm.fma", a, b, c))
 
+    def rint(self, x: Any) -> Any:
+        """The nearest whole number, ties to even."""
+        return T.call_llvm_pure_intrin(self.f32, "llvm.rint", x)
+
+    def sqrt(self, x: Any) -> Any:
+        return T.call_llvm_pure_intrin(self.f32, "llvm.sqrt", x)
+
     def dot_bf16(self, a: Any, b: Any, c: Any) -> Any:
         """c + a.lo * b.lo + a.hi * b.hi: a and b are int32 lanes, each two bfloat16."""
         return T.bind(T.call_extern(self.f32, "llmc_dot_bf16", c, a, b))

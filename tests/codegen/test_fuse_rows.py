@@ -7,6 +7,7 @@ from tvm import relax, tirx
 from tvm.relax import op as R
 
 from llmc import targets
+from llmc.codegen.backend import backend
 from llmc.codegen.fuse_rows import _Fuse
 from llmc.codegen.legalize import Legalize
 from llmc.codegen.library import _plan
@@ -186,7 +187,7 @@ def fused():
     goal = Goal(target=targets.detect())
     made, kernels = module(), {}
     for name in CASES:
-        made = _Fuse(made, name, goal.target, kernels).run()
+        made = _Fuse(made, name, backend(goal.target), kernels).run()
     return made, goal
 
 

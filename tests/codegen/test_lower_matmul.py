@@ -7,9 +7,10 @@ import tvm
 from tvm import relax
 from tvm.relax import op as R
 
+from llmc.codegen.backend import backend
 from llmc.codegen.cpu.pack import panels
 from llmc.codegen.lift_weights import RECIPES, LiftWeights
-from llmc.codegen.lower_matmul import LowerMatmul, pack
+from llmc.codegen.lower_matmul import LowerMatmul
 from llmc.codegen.weights import Recipe
 from llmc.ir.rewrite import bindings, op_name
 from tests.codegen.conftest import Array
@@ -23,7 +24,7 @@ def test_packed_by_recipe_as_by_numpy(goal, dtype, shape):
     kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
     w = np.random.default_rng(0).standard_normal(shape).astype(kind)
     layout = panels(goal.target, *shape, dtype)
-    made = Recipe(recipe(lambda emit, a: pack(emit, a, layout), a=w), {"a": Array(w)})
+    made = Recipe(recipe(lambda emit, a: backend(goal.target).pack(emit, a, *shape, dtype), a=w), {"a": Array(w)})
     expected = np.empty(layout.shape, kind)
     layout.pack(w, expected)
     assert made.shape == layout.shape

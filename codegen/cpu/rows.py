@@ -1,7 +1,6 @@
 """A program of one token's values as a kernel: tokens shared out over the threads, rows in full vectors.
 
-What a token's numbers are never depends on how many tokens there are: every sum is taken in an order that its length
-alone decides.
+Every sum is taken in an order that its length alone decides.
 """
 
 from __future__ import annotations
@@ -16,27 +15,21 @@ from tvm.tirx.script import builder as T
 
 from llmc.targets import CpuTarget
 
-from ..cpu.functions import FUNCTIONS
-from ..cpu.vector import Vector, choose, kernel, loop, scratch, share_out, variable, when
-from . import values as V
-from .program import Gather, Program, Reduce, Scan, Scatter, Store, TopK
-from .values import Affine, Apply, Memory, Scalar, Slot, Value
+from ..rows import values as V
+from ..rows.elements import Elements, collapsed, combine, factors, flat, gathers, is_product, wide
+from ..rows.functions import FUNCTIONS
+from ..rows.program import Gather, Program, Reduce, Scan, Scatter, Store, TopK
+from ..rows.values import Apply, Memory, Value
+from . import sine
+from .vector import Vector, choose, kernel, loop, scratch, share_out, variable, when
 
 __all__ = ["row_kernel"]
 
 SERIAL = 1 << 15  # elements of work that one thread does sooner than others wake up
 DRAW = 1 << 14  # elements of work that a thread takes at once
 
-_COMPARE = {
-    "equal": lambda a, b: a == b,
-    "not_equal": lambda a, b: a != b,
-    "less": lambda a, b: a < b,
-    "less_equal": lambda a, b: a <= b,
-    "greater": lambda a, b: a > b,
-    "greater_equal": lambda a, b: a >= b,
-}
-_SCALAR = {"log": T.log, "tan": T.tan, "power": T.pow, "nn.softplus": lambda x: T.log1p(T.exp(x)), "round": T.round}
-_SCALAR |= {"isfinite": T.isfinite, "isinf": T.isinf, "isnan": T.isnan}
+_CALLS = {"log": T.log, "tan": T.tan, "power": T.pow, "nn.softplus": lambda x: T.log1p(T.exp(x)), "round": T.round}
+_CALLS |= {"isfinite": T.isfinite, "isinf": T.isinf, "isnan": T.isnan}
 
 
 def row_kernel(
@@ -46,16 +39,7 @@ def row_kernel(
     every output. The number of tokens is the symbol "n"."""
 
     def body(symbols: dict, *buffers: Any) -> None:
-        flat = {}
-        count = len(program.inputs)
-        for i, buffer in enumerate(buffers):
-            total = T.int64(1)
-            for d in buffer.shape:
-                total = total * d
-            dtype = "uint16" if buffer.dtype == "bfloat16" else buffer.dtype
-            kind, number = ("input", i) if i < count else ("output", i - count)
-            flat[kind, number] = T.decl_buffer((total,), dtype, data=buffer.data)
-        _Emit(program, flat, target).tokens(symbols["n"])
+        _Emit(program, flat(program, buffers), target).tokens(symbols["n"])
 
     return kernel(name, params, body, target)
 
@@ -72,9 +56,16 @@ def work(program: Program) -> int:
     return max(total, 1)
 
 
-class _Emit:
-    def __init__(self, program: Program, flat: dict, target: CpuTarget):
-        self.program, self.flat, self.target = program, flat, target
+class _Emit(Elements):
+    functions = FUNCTIONS | {"sin": sine.sin, "cos": sine.cos}
+    calls = _CALLS
+
+    def __init__(self, program: Program, arguments: dict, target: CpuTarget):
+        super().__init__(program)
+        self.arguments, self.target = arguments, target
+
+    def arithmetic(self, lanes: int) -> Vector:
+        return Vector(lanes)
 
     def tokens(self, n: Any) -> None:
         each = work(self.program)
@@ -100,102 +91,14 @@ class _Emit:
         return {("scratch", s.number): scratch([max(s.row, 1)], s.dtype) for s in self.program.scratch}
 
     def token(self, t: Any, own: dict) -> None:
-        self.buffers = self.flat | own
-        self.bases: dict[Slot, Any] = {}
-        self.t = t
+        self.buffers, self.bases = self.arguments | own, {}
         for slot in (*self.program.inputs, *self.program.outputs):
             self.bases[slot] = T.bind(t * slot.row) if slot.row else T.int64(0)
         for statement in self.program.statements:
-            for slot in gathers(statement):
+            for slot, index in gathers(statement):
                 if slot not in self.bases:
-                    self.bases[slot] = T.bind(T.Cast("int64", self.read(slot.index, [], 1)) * slot.row)
+                    self.bases[slot] = T.bind(T.Cast("int64", self.read(index, [], 1)) * slot.row)
             getattr(self, type(statement).__name__.lower())(statement)
-
-    # Addresses
-
-    def at(self, v: Memory | Affine, indices: Sequence[Any]) -> Any:
-        where = self.bases.get(v.slot, T.int64(0)) if isinstance(v, Memory) else T.int64(0)
-        for i, s in zip(indices, v.strides, strict=True):
-            if s:
-                where = where + i * s
-        return where + v.offset if v.offset else where
-
-    def buffer(self, slot: Slot) -> Any:
-        return self.buffers[slot.kind, slot.number]
-
-    # Elements
-
-    def read(self, v: Memory, indices: Sequence[Any], lanes: int) -> Any:
-        """`lanes` elements along the last axis, widened to what is computed with."""
-        vector, buffer = Vector(lanes), self.buffer(v.slot)
-        at = self.at(v, indices)
-        stride = v.strides[-1] if lanes > 1 else 0
-        if stride == 0:
-            vector = Vector(1)
-            found = buffer[at]
-        elif stride == 1:
-            found = buffer.vload([at], vector.dtype(buffer.dtype))
-        else:
-            found = buffer[T.ramp(at, stride, lanes)]
-        if buffer.dtype == "uint16" and v.slot.dtype == "bfloat16":
-            found = vector.bits_to_f32(T.Cast(vector.i32, found))
-        elif buffer.dtype == "float16":
-            found = T.Cast(vector.f32, found)
-        elif buffer.dtype == "bool":
-            found = T.Cast(vector.i32, found)
-        found = T.bind(found)
-        return T.broadcast(found, lanes) if stride == 0 and lanes > 1 else found
-
-    def value(self, v: Value, indices: Sequence[Any], lanes: int, memo: dict) -> Any:
-        """`lanes` elements of a value along its last axis."""
-        if v not in memo:
-            memo[v] = self.fresh(v, indices, lanes, memo)
-        return memo[v]
-
-    def fresh(self, v: Value, indices: Sequence[Any], lanes: int, memo: dict) -> Any:
-        vector = Vector(lanes)
-        if isinstance(v, Memory):
-            return self.read(v, indices, lanes)
-        if isinstance(v, Scalar):
-            return vector.broadcast(tvm.tirx.const(int(v.value) if v.dtype == "bool" else v.value, wide(v.dtype)))
-        if isinstance(v, Affine):
-            at = self.at(v, indices)
-            stride = v.strides[-1] if v.strides else 0
-            found = at if lanes == 1 else T.ramp(at, stride, lanes) if stride else T.broadcast(at, lanes)
-            return T.bind(T.Cast(vector.dtype(v.dtype), found))
-        assert isinstance(v, Apply)
-        if v.op in ("add", "subtract") and wide(v.dtype) == "float32" and any(map(is_product, v.args)):
-            return self.product_and_term(v, indices, lanes, memo)
-        args = [self.value(a, indices, lanes, memo) for a in v.args]
-        return T.bind(apply(v, args, vector))
-
-    def product_and_term(self, v: Apply, indices: Sequence[Any], lanes: int, memo: dict) -> Any:
-        """x·y + z, x·y - z or z - x·y, rounded once.
-
-        LLVM would round once too; but where z is a product itself it may round either of the two first, and takes
-        another one in another copy of the code: a token's bits would depend on how many tokens there are.
-        """
-        first = is_product(v.args[0])
-        product, term = v.args if first else reversed(v.args)
-        x, y, z = (self.value(part, indices, lanes, memo) for part in (*factors(product), term))
-        if v.op == "subtract":
-            minus = Vector(lanes).broadcast(T.float32(-1))
-            x, z = (x, T.bind(z * minus)) if first else (T.bind(x * minus), z)
-        return Vector(lanes).fma(x, y, z)
-
-    def write(self, to: Memory, indices: Sequence[Any], value: Any, lanes: int) -> None:
-        vector, buffer = Vector(lanes), self.buffer(to.slot)
-        if buffer.dtype == "uint16" and to.slot.dtype == "bfloat16":
-            value = T.Cast(vector.dtype("uint16"), vector.round_bf16(value))
-        elif buffer.dtype == "bool":
-            value = value != 0
-        elif dtype_of(value) != vector.dtype(buffer.dtype):
-            value = T.Cast(vector.dtype(buffer.dtype), value)
-        at = self.at(to, indices)
-        if lanes == 1:
-            T.buffer_store(buffer, value, [at])
-        else:
-            T.buffer_store(buffer, value, [T.ramp(at, to.strides[-1], lanes)])
 
     # Loops
 
@@ -421,111 +324,11 @@ class Accumulator:
         return lanes[0]
 
 
-def dtype_of(x: Any) -> str:
-    return str(x.ty.dtype)
-
-
-def gathers(statement: Any):
-    """Slots that the statement reads at another token's row."""
-    for v in (getattr(statement, f, None) for f in ("value", "index", "update")):
-        for leaf in V.leaves(v) if v is not None else ():
-            if isinstance(leaf, Memory) and leaf.slot.index is not None:
-                yield leaf.slot
-
-
-def is_product(v: Value) -> bool:
-    return isinstance(v, Apply) and v.op in ("multiply", "square") and wide(v.dtype) == "float32"
-
-
-def factors(product: Value) -> list[Value]:
-    """The two that a product (see is_product) multiplies."""
-    assert isinstance(product, Apply)
-    return product.args if product.op == "multiply" else [product.args[0], product.args[0]]
-
-
-def combine(op: str, a: Any, b: Any) -> Any:
-    return {"sum": lambda: a + b, "prod": lambda: a * b, "max": lambda: T.max(a, b), "min": lambda: T.min(a, b)}[op]()
-
-
-def wide(dtype: str) -> str:
-    """What a value of this dtype is computed in; truth is 0 or 1."""
-    return {"float16": "float32", "bfloat16": "float32", "bool": "int32"}.get(dtype, dtype)
-
-
 def vectorizes(v: Value) -> bool:
     if isinstance(v, Apply):
-        if v.op in _SCALAR or (v.op in FUNCTIONS and wide(v.dtype) != "float32"):
+        if v.op in _CALLS or (v.op in _Emit.functions and wide(v.dtype) != "float32"):
             return False
         if v.op in ("floor_divide", "mod", "floor_mod") and "int" in v.dtype:
             return False
         return all(map(vectorizes, v.args))
     return not (isinstance(v, Memory) and v.slot.dtype == "bool")
-
-
-def apply(v: Apply, args: list, vector: Vector) -> Any:
-    """One elementwise op on vectors."""
-    dtype, op = wide(v.dtype), v.op
-    own = vector.dtype(dtype)
-
-    def const(value: float, like: str = dtype) -> Any:
-        return vector.broadcast(tvm.tirx.const(value, like))
-
-    if op in FUNCTIONS and dtype == "float32":
-        return FUNCTIONS[op](vector, args[0])
-    if op in _SCALAR:
-        return T.Cast(own, _SCALAR[op](*args))
-    if op == "cast":
-        if v.dtype == "bool" and v.args[0].dtype != "bool":
-            return T.Select(args[0] != const(0, wide(v.args[0].dtype)), const(1), const(0))
-        return args[0] if dtype_of(args[0]) == own else T.Cast(own, args[0])
-    if op in _COMPARE:
-        return T.Select(_COMPARE[op](*args), const(1), const(0))  # a cast of a vector of bool fails to simplify
-    is_float = dtype.startswith("float")
-    x = args[0]
-    y = args[1] if len(args) > 1 else None
-    if op in ("floor_divide", "mod", "floor_mod") and is_float:
-        quotient = x / y
-        floored = T.floor(quotient) if op != "mod" else T.trunc(quotient)
-        return floored if op == "floor_divide" else x - floored * y
-    simple = {
-        "add": lambda: x + y,
-        "subtract": lambda: x - y,
-        "multiply": lambda: x * y,
-        "divide": lambda: x / y if is_float else T.Cast(own, x) / T.Cast(own, y),
-        "floor_divide": lambda: T.floordiv(x, y),
-        "mod": lambda: T.truncmod(x, y),
-        "floor_mod": lambda: T.floormod(x, y),
-        "maximum": lambda: T.max(x, y),
-        "minimum": lambda: T.min(x, y),
-        "where": lambda: T.Select(x != const(0, "int32"), y, args[2]),
-        "negative": lambda: const(0) - x if not is_float else x * const(-1),
-        "abs": lambda: T.abs(x),
-        "ceil": lambda: T.ceil(x),
-        "floor": lambda: T.floor(x),
-        "square": lambda: x * x,
-        "sign": lambda: T.Select(x > const(0), const(1), T.Select(x < const(0), const(-1), const(0))),
-        "nn.relu": lambda: T.max(x, const(0)),
-        "logical_and": lambda: T.bitwise_and(x, y),
-        "logical_or": lambda: T.bitwise_or(x, y),
-        "logical_xor": lambda: T.bitwise_xor(x, y),
-        "logical_not": lambda: T.bitwise_xor(x, const(1)),
-        "bitwise_and": lambda: T.bitwise_and(x, y),
-        "bitwise_or": lambda: T.bitwise_or(x, y),
-        "bitwise_xor": lambda: T.bitwise_xor(x, y),
-        "bitwise_not": lambda: T.bitwise_xor(x, const(1 if v.dtype == "bool" else -1)),
-    }
-    return simple[op]()
-
-
-def collapsed(to: Memory, value: Value) -> tuple[Memory, Value]:
-    """The same store with as few axes as it takes: axes of length 1 go, axes that lie together join."""
-    shape = [d for d in to.shape if d != 1] or [1]
-    to, value = V.reshape(to, shape), V.reshape(value, shape)
-    strided = [to, *(leaf for leaf in V.leaves(value) if isinstance(leaf, (Memory, Affine)))]
-    joined = [shape[-1]]
-    for i in reversed(range(len(shape) - 1)):
-        if all(s.strides[i] == s.strides[i + 1] * shape[i + 1] for s in strided):
-            joined[0] *= shape[i]
-        else:
-            joined.insert(0, shape[i])
-    return V.reshape(to, joined), V.reshape(value, joined)

@@ -1,6 +1,6 @@
-"""Elementwise functions on vectors: accurate to an ulp or two, without a call.
+"""Elementwise functions: accurate to an ulp or two, without a call, out of what every machine has.
 
-float32 in and out.
+float32 in and out. v: the machine's arithmetic (see elements.py).
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from .vector import Vector
+from .elements import Arithmetic
 
 __all__ = ["FUNCTIONS"]
 
 
-def exp(v: Vector, x: Any) -> Any:
+def exp(v: Arithmetic, x: Any) -> Any:
     """e**x within 1.5 ulp, infinity above 88.8, denormals and 0 below -87.3. Reduction after Cody and Waite."""
     c = v.const
     x = T.bind(T.min(T.max(x, c(-104.5)), c(89.5)))
-    i = T.bind(T.call_llvm_pure_intrin(v.f32, "llvm.rint", x * c(1.44269504088896341)))
+    i = T.bind(v.rint(x * c(1.44269504088896341)))
     r = T.bind(v.fma(i, c(-0.693359375), x))
     r = T.bind(v.fma(i, c(2.12194440e-4), r))
     p = c(1.9875691500e-4)
@@ -34,7 +34,7 @@ def exp(v: Vector, x: Any) -> Any:
     return T.bind(v.fma(p, first, first) * second)
 
 
-def expm1_of_positive(v: Vector, x: Any) -> Any:
+def expm1_of_positive(v: Arithmetic, x: Any) -> Any:
     """e**x - 1 for 0 <= x <= 1.25: a series to x**10 / 10!."""
     c = v.const
     p = c(2.7557319e-7)
@@ -44,7 +44,7 @@ def expm1_of_positive(v: Vector, x: Any) -> Any:
     return T.bind(v.fma(p, x * x, x))
 
 
-def tanh(v: Vector, x: Any) -> Any:
+def tanh(v: Arithmetic, x: Any) -> Any:
     """1 - 2 / (e**2|x| + 1), and a quotient of e**2|x| - 1 where that cancels."""
     c = v.const
     y = T.bind(T.min(T.abs(x), c(10.0)))
@@ -55,15 +55,15 @@ def tanh(v: Vector, x: Any) -> Any:
     return T.bind(T.Select(x < c(0.0), c(0.0) - size, size))
 
 
-def sigmoid(v: Vector, x: Any) -> Any:
+def sigmoid(v: Arithmetic, x: Any) -> Any:
     return T.bind(v.const(1.0) / (v.const(1.0) + exp(v, v.const(0.0) - x)))
 
 
-def silu(v: Vector, x: Any) -> Any:
+def silu(v: Arithmetic, x: Any) -> Any:
     return T.bind(x / (v.const(1.0) + exp(v, v.const(0.0) - x)))
 
 
-def erf(v: Vector, x: Any) -> Any:
+def erf(v: Arithmetic, x: Any) -> Any:
     """erf(x) within 1 ulp, after Norbert Juffa's erff."""
     c = v.const
     t, s = T.bind(T.abs(x)), T.bind(x * x)
@@ -81,66 +81,23 @@ def erf(v: Vector, x: Any) -> Any:
     return T.bind(T.Select(t > c(0.927734375), large, v.fma(p, x, x)))
 
 
-def gelu(v: Vector, x: Any) -> Any:
+def gelu(v: Arithmetic, x: Any) -> Any:
     c = v.const
     return T.bind(x * c(0.5) * (c(1.0) + erf(v, T.bind(x * c(0.70710678118654752)))))
 
 
-def gelu_tanh(v: Vector, x: Any) -> Any:
+def gelu_tanh(v: Arithmetic, x: Any) -> Any:
     c = v.const
     inner = T.bind(c(0.79788456080286536) * v.fma(c(0.044715) * (x * x), x, x))
     return T.bind(c(0.5) * x * (c(1.0) + tanh(v, inner)))
 
 
-def rsqrt(v: Vector, x: Any) -> Any:
-    return T.bind(v.const(1.0) / T.call_llvm_pure_intrin(v.f32, "llvm.sqrt", x))
+def rsqrt(v: Arithmetic, x: Any) -> Any:
+    return T.bind(v.const(1.0) / v.sqrt(x))
 
 
-def sqrt(v: Vector, x: Any) -> Any:
-    return T.bind(T.call_llvm_pure_intrin(v.f32, "llvm.sqrt", x))
-
-
-_SINE = (1.58962301576546568060e-10, -2.50507477628578072866e-8, 2.75573136213857245213e-6, -1.98412698295895385996e-4,
-         8.33333333332211858878e-3, -1.66666666666666307295e-1)  # fmt: skip
-_COSINE = (-1.13585365213876817300e-11, 2.08757008419747316778e-9, -2.75573141792967388112e-7,
-           2.48015872888517045348e-5, -1.38888888888730564116e-3, 4.16666666666665929218e-2)  # fmt: skip
-
-
-def _turn(v: Vector, x: Any, quarter: int) -> Any:
-    """sin(x + quarter · π/2) in float64, rounded once. |x| < 2**31: angles of positions far beyond any context.
-
-    Reduction by π/2 in two parts with fused multiply-adds; coefficients from Cephes' sin.c.
-    """
-    wide, whole = v.dtype("float64"), v.i32
-
-    def c(value: float) -> Any:
-        return v.broadcast(T.float64(value))
-
-    def fma(a: Any, b: Any, d: Any) -> Any:
-        return T.bind(T.call_llvm_pure_intrin(wide, "llvm.fma", a, b, d))
-
-    d = T.bind(T.Cast(wide, x))
-    k = T.bind(T.call_llvm_pure_intrin(wide, "llvm.rint", d * c(0.63661977236758134308)))
-    r = fma(k, c(-1.57079632679489655800), d)
-    r = fma(k, c(-6.12323399573676603587e-17), r)
-    z = T.bind(r * r)
-    s, co = c(_SINE[0]), c(_COSINE[0])
-    for a, b in zip(_SINE[1:], _COSINE[1:], strict=True):
-        s, co = fma(s, z, c(a)), fma(co, z, c(b))
-    sine = fma(s, T.bind(z * r), r)
-    cosine = fma(co, T.bind(z * z), fma(z, c(-0.5), c(1.0)))
-    q = T.bind(T.Cast(whole, k) + v.iconst(quarter))
-    value = T.bind(T.Select(T.bitwise_and(q, v.iconst(1)) == v.iconst(1), cosine, sine))
-    value = T.bind(T.Select(T.bitwise_and(q, v.iconst(2)) == v.iconst(2), c(0.0) - value, value))
-    return T.bind(T.Cast(v.f32, value))
-
-
-def sin(v: Vector, x: Any) -> Any:
-    return _turn(v, x, 0)
-
-
-def cos(v: Vector, x: Any) -> Any:
-    return _turn(v, x, 1)
+def sqrt(v: Arithmetic, x: Any) -> Any:
+    return T.bind(v.sqrt(x))
 
 
 FUNCTIONS = {
@@ -153,6 +110,4 @@ FUNCTIONS = {
     "nn.gelu_tanh": gelu_tanh,
     "rsqrt": rsqrt,
     "sqrt": sqrt,
-    "sin": sin,
-    "cos": cos,
 }

@@ -1,0 +1,73 @@
+"""What the last stage asks of a kind of machine: its kernels, how weights lie for them, and the rules for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import tvm
+from tvm import relax
+
+from .rows.program import Program
+
+__all__ = ["Backend", "Params", "backend"]
+
+Params = Sequence[tuple[str, Sequence[int | str], str]]  # of a kernel: name, shape (a str is symbolic), dtype
+
+
+class Backend(Protocol):
+    """The kernels of one target. Each is one PrimFunc that is scheduled; its arguments are those of its module's
+    docstring (codegen/cpu/…), in that order, whatever the machine.
+    """
+
+    @property
+    def activations(self) -> tuple[str, ...]:
+        """Dtypes that products take and give, float32 first."""
+
+    def pack(self, emit: Callable, rows: relax.Expr, columns: int, depth: int, dtype: str) -> relax.Expr:
+        """A weight [..., columns, depth] as the products of this machine read it, in plain Relax ops."""
+
+    def matmul(self, columns: int, depth: int, *, weight: str, activation: str, out: str) -> tvm.tirx.PrimFunc:
+        """y [n, columns] out = x [n, depth] activation @ W^T, W packed: matmul(x, w, y)."""
+
+    def expert_linear(
+        self, experts: int, columns: int, depth: int, *, weight: str, activation: str, ids: str, bias: str | None
+    ) -> tvm.tirx.PrimFunc:
+        """y[s] = x[s] @ W[ids[s]]^T + bias[ids[s]]: expert_linear(x, w, ids, (bias,) y)."""
+
+    def take(self, rows: int, depth: int, *, weight: str, out: str, ids: str) -> tvm.tirx.PrimFunc:
+        """y[i] = W[ids[i]] of a packed weight [rows, depth]: take(w, ids, y)."""
+
+    def append_pages(self, **made: Any) -> tvm.tirx.PrimFunc:
+        """The kernel of llmc.ir.paging.append_pages(**made)."""
+
+    def paged_attention(self, **made: Any) -> tvm.tirx.PrimFunc | None:
+        """The kernel of llmc.ir.paging.paged_attention(**made); None: its loops may run as they stand."""
+
+    def copy_pages(self, page: tuple[int, ...], dtype: str) -> tvm.tirx.PrimFunc:
+        """Page to[i] becomes a copy of page from[i], in place: copy_pages(pages, from, to)."""
+
+    def row_kernel(self, program: Program, name: str, params: Params) -> tvm.tirx.PrimFunc:
+        """The kernel of a program of one token's values; params: its inputs, then its outputs."""
+
+    def legalize_target(self) -> tvm.target.Target:
+        """TVM's name of the machine, under which ops that are left are lowered."""
+
+    def schedule(self, module: tvm.IRModule) -> tvm.IRModule:
+        """Kernels that TVM's rules made, ready to be built for this machine."""
+
+
+def activation_dtype(machine: Backend, dtype: str) -> str:
+    """The dtype in which a product takes or gives what the program says is `dtype`."""
+    return dtype if dtype in machine.activations else machine.activations[0]
+
+
+def backend(target: Any) -> Backend:
+    """The kernels for a target of `llmc.targets`."""
+    if target.kind == "cpu":
+        from .cpu.backend import CpuBackend
+
+        return CpuBackend(target)
+    from .gpu.backend import GpuBackend
+
+    return GpuBackend(target)

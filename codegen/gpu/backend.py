@@ -1,0 +1,77 @@
+"""The kernels of a GPU, as the last stage asks for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+
+__all__ = ["GpuBackend"]
+
+
+@dataclass(frozen=True)
+class GpuBackend:
+    """See llmc.codegen.backend.Backend."""
+
+    target: Any
+    activations: tuple[str, ...] = ("float32", "bfloat16", "float16")
+
+    def pack(self, emit, rows, columns, depth, dtype):
+        from .pack import pack
+
+        return pack(emit, rows, columns, depth, dtype)
+
+    def matmul(self, columns, depth, *, weight, activation, out):
+        from .matmul import matmul
+
+        return matmul(self.target, columns, depth, weight=weight, activation=activation, out=out)
+
+    def expert_linear(self, experts, columns, depth, *, weight, activation, ids, bias):
+        from .experts import expert_linear
+        from .matmul import Epilogue
+
+        return expert_linear(
+            self.target,
+            experts,
+            columns,
+            depth,
+            weight=weight,
+            activation=activation,
+            out=activation,
+            ids=ids,
+            epilogue=Epilogue(bias=bias),
+        )
+
+    def take(self, rows, depth, *, weight, out, ids):
+        from .gather import take
+
+        return take(self.target, rows, depth, weight=weight, out=out, packed=True, ids=ids)
+
+    def append_pages(self, **made: Any):
+        from .append import append_pages
+
+        return append_pages(self.target, **made)
+
+    def paged_attention(self, **made: Any):
+        from .attention import paged_attention
+
+        return paged_attention(self.target, **made)
+
+    def copy_pages(self, page, dtype):
+        from .append import copy_pages
+
+        return copy_pages(self.target, page, dtype)
+
+    def row_kernel(self, program, name, params):
+        from .rows import row_kernel
+
+        return row_kernel(program, name, params, self.target)
+
+    def legalize_target(self):
+        return tvm.target.Target(self.target.tvm(), host=self.target.host_tvm())
+
+    def schedule(self, module):
+        from .leftovers import schedule
+
+        return schedule(module, self.target)
