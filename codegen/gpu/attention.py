@@ -1,0 +1,216 @@
+"""Attention over a paged cache, ragged: prefill and decode of many sequences in one call.
+
+Two kernels share the sequences of a step. Sequences with one new token go to the one that splits the cache: several
+blocks read parts of it, and a merge joins what they found. The others go to the one that cuts rows into tiles. Which is
+which stands in device memory: a block looks, and has nothing to do where a sequence is not its own. Grids depend on the
+numbers of rows and sequences alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+from tvm.tirx.script import builder as T
+
+from llmc.targets import GpuTarget
+
+from . import attention_lanes as lanes
+from .attention_parts import Asked, Operands, Tile
+from .machine import LOG2E, NOTHING, Machine, bits, i32, i64, kernel, loop, when
+from .ragged import sequence_of
+
+__all__ = ["paged_attention"]
+
+MOST_SPLITS = 64
+LEAST_TOKENS = 128  # of a split: fewer are read faster than a second block starts
+BLOCKS = 4  # a multiprocessor's, that keep enough loads under way
+
+
+def paged_attention(
+    target: GpuTarget,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    v_dim: int,
+    dtype: str,
+    page_size: int,
+    keys_token_last: bool,
+    scale: float,
+    softcap: float = 0.0,
+    window: int = 0,
+    chunk: int = 0,
+    sinks: bool = False,
+    v_width: int = 0,
+    *,
+    name: str = "paged_attention",
+) -> tvm.tirx.PrimFunc:
+    """The kernel of `llmc.ir.paging.paged_attention`: same parameters, same arguments, same meaning.
+
+    Arguments of the PrimFunc, in this order:
+      q [n, heads, head_dim] dtype; k_pages [p, kv_heads, page_size, head_dim] dtype;
+      v_pages [p, kv_heads, page_size, v_dim] dtype, unless v_width > 0; sinks [heads] float32, if `sinks`;
+      qo_indptr [b+1], kv_indptr [b+1], kv_indices [r], kv_last_page_len [b], all int32; out [n, heads, v_dim] dtype.
+    dtype: "float32", "float16" or "bfloat16"; scores, softmax and sums are float32, rounded once at the end. n and b
+    may be 0.
+    """
+    if keys_token_last or heads % kv_heads:
+        raise ValueError(
+            f"paged_attention on {target.name}: expected keys with tokens before columns and heads in equal groups, "
+            f"found keys_token_last={keys_token_last}, {heads} heads over {kv_heads}"
+        )
+    asked = Asked(
+        target, heads, kv_heads, head_dim, v_dim, dtype, page_size, scale, softcap, window, chunk, v_width > 0
+    )
+    params: list = [("q", ("n", heads, head_dim), dtype), ("k_pages", ("p", kv_heads, page_size, head_dim), dtype)]
+    if not v_width:
+        params.append(("v_pages", ("p2", kv_heads, page_size, v_dim), dtype))
+    if sinks:
+        params.append(("sinks", (heads,), "float32"))
+    params += [("qo_indptr", ("b1",), "int32"), ("kv_indptr", ("b2",), "int32"), ("kv_indices", ("r",), "int32"),
+               ("kv_last_page_len", ("b",), "int32"), ("out", ("n", heads, v_dim), dtype)]  # fmt: skip
+
+    def body(symbols: dict, q: Any, k: Any, *rest: Any) -> None:
+        arguments = list(rest)
+        v = None if v_width else arguments.pop(0)
+        sink = arguments.pop(0) if sinks else None
+        qo, kv, indices, last, out = arguments
+        o = Operands(symbols["n"], symbols["b"], q, k, v, sink, qo, kv, indices, last, bits(out))
+        with when(T.And(o.n > 0, o.b > 0)):
+            _Launches(asked, o).emit()
+
+    return kernel(name, params, body)
+
+
+class _Launches:
+    """The launches of one call."""
+
+    def __init__(self, asked: Asked, o: Operands):
+        self.m, self.asked, self.o = Machine(asked.target), asked, o
+        self.few = lanes.Cut.of(asked, decode=True)
+        self.many = lanes.Cut.of(asked, decode=False)
+
+    def emit(self) -> None:
+        asked, o, few = self.asked, self.o, self.few
+        # Where every sequence could have so few rows, the splitting kernel takes them all, also those with more.
+        everything = T.bind(T.Cast("int32", o.n <= o.b * few.rows))
+        blocks = o.b * (asked.kv_heads * few.parts(asked))
+        fill = max(1, asked.target.multiprocessors) * BLOCKS
+        splits = T.bind(
+            T.Cast("int32", T.max(T.min(T.floordiv(T.int64(fill), blocks), T.int64(MOST_SPLITS)), T.int64(1)))
+        )
+        found = T.bind(i64(splits) * (o.b * (few.rows * asked.heads)))  # query vectors, split by split
+        sums = T.alloc_buffer((found * asked.v_dim,), "float32", scope="global")
+        marks = T.alloc_buffer((found * 2,), "float32", scope="global")  # peak and total
+        self.decode(splits, everything, sums, marks)
+        with when(splits > 1):
+            self.merge(splits, everything, sums, marks)
+        with when(everything == 0):
+            self.prefill()
+
+    def head(self, cut: lanes.Cut, block: Any) -> tuple[Any, Any]:
+        """The key head of a block and which part of its query heads."""
+        parts = cut.parts(self.asked)
+        return T.bind(T.floordiv(block, T.int32(parts))), T.bind(T.floormod(block, T.int32(parts)))
+
+    def rows_of(self, s: Any, everything: Any) -> tuple[Any, Any]:
+        """The first row of a sequence and how many of its rows the splitting kernel takes."""
+        row = self.m.keep(self.o.qo_indptr[s])
+        rows = T.bind(self.o.qo_indptr[s + 1] - row)
+        mine = T.Or(everything == 1, rows <= self.few.rows)
+        return row, self.m.keep(T.Select(mine, rows, T.int32(0)))
+
+    def decode(self, splits: Any, everything: Any, sums: Any, marks: Any) -> None:
+        """A block reads a part of the cache of one sequence, for heads that share a key head."""
+        m, asked, o, cut = self.m, self.asked, self.o, self.few
+        grid = [o.b, asked.kv_heads * cut.parts(asked), splits]
+        with m.launch(grid, lanes.WARPS * m.warp) as [block, head, split]:
+            s = T.bind(i64(block))
+            first, count = self.rows_of(s, everything)
+            kv_head, part = self.head(cut, head)
+            with loop(T.floordiv(count + (cut.rows - 1), T.int32(cut.rows))) as i:
+                done = T.bind(i * cut.rows)
+                tile = Tile(m, asked, o, s, T.bind(first + done), m.keep(T.min(count - done, T.int32(cut.rows))))
+                tile.only(m, split, splits, LEAST_TOKENS, cut.at_once(m.warp))
+                # Vectors have their row's place if all rows are here, else one of their sequence's.
+                place = m.keep(T.Select(everything == 1, first + done, block * cut.rows))
+
+                def finish(f: lanes.Finished, tile: Tile = tile, place: Any = place) -> None:
+                    with when(f.there), T.If(splits == 1):
+                        with T.Then():
+                            self.store(i64(tile.row + f.row), f)
+                        with T.Else():
+                            to = T.bind((i64(split) * (o.b * cut.rows) + (place + f.row)) * asked.heads + f.head)
+                            T.buffer_store(sums, f.value, [to * asked.v_dim + f.column])
+                            with when(f.column == 0):
+                                T.buffer_store(marks, f.peak, [to * 2])
+                                T.buffer_store(marks, f.total, [to * 2 + 1])
+
+                lanes.attend(m, asked, cut, o, tile, kv_head, part, finish)
+
+    def merge(self, splits: Any, everything: Any, sums: Any, marks: Any) -> None:
+        """A block joins what the splits found for one head of one sequence."""
+        m, asked, o, cut = self.m, self.asked, self.o, self.few
+        with m.launch([o.b, asked.heads], -(-min(asked.v_dim, 256) // m.warp) * m.warp) as [block, head]:
+            s = T.bind(i64(block))
+            first, count = self.rows_of(s, everything)
+            with loop(count) as i:
+                place = m.keep(T.Select(everything == 1, first, block * cut.rows) + i)
+
+                def at(split: Any, place: Any = place) -> Any:
+                    return T.bind((i64(split) * (o.b * cut.rows) + place) * asked.heads + head)
+
+                peak, total, value = m.registers(1), m.registers(1), m.registers(1)
+                peak[0] = T.float32(NOTHING)
+                with loop(splits) as split:
+                    peak[0] = T.max(peak[0], marks[at(split) * 2])
+                with loop(asked.v_dim - m.thread, step=m.threads) as offset:
+                    column = T.bind(offset + m.thread)
+                    total[0], value[0] = T.float32(0), T.float32(0)
+                    with loop(splits) as split:
+                        found = at(split)
+                        with when(marks[found * 2 + 1] > 0):
+                            shrink = m.exp2(marks[found * 2] - peak[0])
+                            total[0] = total[0] + marks[found * 2 + 1] * shrink
+                            value[0] = value[0] + sums[found * asked.v_dim + column] * shrink
+                    self.store(i64(first + i), lanes.Finished(None, head, None, column, peak[0], total[0], value[0]))
+
+    def prefill(self) -> None:
+        """A block computes a tile of rows of one sequence, for heads that share a key head.
+
+        The tiles of sequence s have the numbers from ⌊qo_indptr[s] / rows⌋ + s on: more than it needs, by one at most,
+        and found without counting what comes before.
+        """
+        m, asked, o, cut = self.m, self.asked, self.o, self.many
+        tiles = T.bind(T.floordiv(o.n, T.int64(cut.rows)) + o.b)
+        with m.launch([tiles, asked.kv_heads * cut.parts(asked)], lanes.WARPS * m.warp) as [block, head]:
+
+            def begin(s: Any) -> Any:
+                return T.floordiv(o.qo_indptr[s], T.int32(cut.rows)) + T.Cast("int32", s)
+
+            number = T.bind(i32(tiles) - 1 - block)  # the last rows of a sequence see the most keys: they go first
+            found = sequence_of(m, o.b, begin, number)
+            with when(found >= 0):
+                s = T.bind(i64(found))
+                row = m.keep(o.qo_indptr[s] + (number - begin(s)) * cut.rows)
+                rows = m.keep(T.min(o.qo_indptr[s + 1] - row, T.int32(cut.rows)))
+                with when(T.And(rows > 0, o.qo_indptr[s + 1] - o.qo_indptr[s] > self.few.rows)):
+                    tile = Tile(m, asked, o, s, row, rows)
+                    kv_head, part = self.head(cut, head)
+
+                    def finish(f: lanes.Finished) -> None:
+                        with when(f.there):
+                            self.store(i64(row + f.row), f)
+
+                    lanes.attend(m, asked, cut, o, tile, kv_head, part, finish)
+
+    def store(self, row: Any, f: lanes.Finished) -> None:
+        """One column of the answer of one query vector. A sink joins its head's softmax as one more score."""
+        m, o = self.m, self.o
+        value, total = f.value, f.total
+        if o.sinks is not None:
+            sink = m.keep(o.sinks[f.head] * T.float32(LOG2E), "float32")
+            top = m.keep(T.max(f.peak, sink), "float32")
+            shrink = m.exp2(f.peak - top)
+            value, total = value * shrink, total * shrink + m.exp2(sink - top)
+        m.store(o.out, [row, i64(f.head), i64(f.column)], value / total)

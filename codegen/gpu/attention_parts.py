@@ -1,0 +1,126 @@
+"""What every attention kernel of a GPU shares: what is asked for, its operands, which positions a token sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from llmc.targets import GpuTarget
+
+from .machine import BYTES, LOG2E, Machine, Registers, flat, i64, widen
+
+__all__ = ["Asked", "Memory", "Operands", "Tile"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The attention that a kernel computes: the parameters of `llmc.ir.paging.paged_attention`, and the target.
+
+    latent: there are no pages of values, which are the first v_dim columns of the keys.
+    """
+
+    target: GpuTarget
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_dim: int
+    dtype: str
+    page_size: int
+    scale: float
+    softcap: float
+    window: int
+    chunk: int
+    latent: bool
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return self.heads // self.kv_heads
+
+    def first_seen(self, position: Any) -> Any:
+        """The first position that a position sees, int32."""
+        first = T.max(position - (self.window - 1), T.int32(0)) if self.window else T.int32(0)
+        return T.max(first, T.floordiv(position, T.int32(self.chunk)) * self.chunk) if self.chunk else first
+
+    @property
+    def query_factor(self) -> float:
+        """What queries are multiplied by, so that scores need little more: they are exponents of 2."""
+        return self.scale / self.softcap if self.softcap else self.scale * LOG2E
+
+    def capped(self, m: Machine, score: Any) -> Any:
+        """A product of a key with a multiplied query as a score, base 2."""
+        return m.tanh(score) * T.float32(self.softcap * LOG2E) if self.softcap else score
+
+
+class Memory:
+    """A tensor as flat memory, read in pieces of `count` elements: one access each, of up to 16 bytes."""
+
+    def __init__(self, m: Machine, buffer: Any, dtype: str, count: int):
+        self.m, self.dtype, self.count = m, dtype, count
+        self.wide = count * BYTES[dtype] >= 4
+        self.view = flat(buffer, "uint32" if self.wide else None)
+        self.words = max(1, count * BYTES[dtype] // 4)  # registers of a piece
+
+    def registers(self, pieces: int) -> Registers:
+        return self.m.registers(pieces * self.words, "uint32" if self.wide else str(self.view.dtype))
+
+    def fetch(self, element: Any, to: Registers, piece: int) -> None:
+        """The piece that begins with an element, a multiple of `count`."""
+        if self.wide:
+            self.m.fetch(self.view, element, self.dtype, to, piece * self.words, self.count)
+        else:
+            to[piece] = self.view[element]
+
+    def floats(self, of: Registers, piece: int) -> list[Any]:
+        """The elements of a piece, float32."""
+        if self.wide:
+            return self.m.unpack(of, piece * self.words, self.dtype, self.count)
+        return [T.bind(widen(of[piece]))]
+
+
+@dataclass
+class Operands:
+    """The buffers of a call, and how many rows and sequences there are. v: None where it is in the keys."""
+
+    n: Any
+    b: Any
+    q: Any
+    k: Any
+    v: Any
+    sinks: Any
+    qo_indptr: Any
+    kv_indptr: Any
+    kv_indices: Any
+    kv_last_page_len: Any
+    out: Any
+
+
+class Tile:
+    """Some neighbouring new tokens of a sequence: rows row … row + rows - 1 of q, the first of them at `position`.
+
+    begin, end: the positions that any of them sees; of a part of the cache, those in it.
+    """
+
+    def __init__(self, m: Machine, asked: Asked, o: Operands, s: Any, row: Any, rows: Any):
+        self.asked, self.o, self.row, self.rows = asked, o, row, rows
+        self.pages = T.bind(o.kv_indptr[s])
+        length = T.bind((o.kv_indptr[s + 1] - self.pages - 1) * asked.page_size + o.kv_last_page_len[s])
+        self.position = m.keep(length - (o.qo_indptr[s + 1] - row))
+        self.begin = m.keep(asked.first_seen(self.position))
+        self.end = m.keep(self.position + rows)
+
+    def only(self, m: Machine, part: Any, parts: Any, least: int, multiple: int) -> None:
+        """Keep one of so many equal parts of the positions, each of at least so many and a multiple of so many."""
+        each = T.max(T.floordiv(self.end - self.begin + (parts - 1), parts), T.int32(least))
+        each = T.bind(T.floordiv(each + (multiple - 1), T.int32(multiple)) * multiple)
+        begin = m.keep(self.begin + part * each)
+        self.end = m.keep(T.min(begin + each, self.end))
+        self.begin = begin
+
+    def token(self, m: Machine, position: Any, kv_head: Any) -> Any:
+        """The number of the token at a position among all heads and slots of the pool, int64."""
+        size = T.int32(self.asked.page_size)
+        number = i64(self.o.kv_indices[i64(self.pages + T.floordiv(position, size))])
+        return (number * self.asked.kv_heads + kv_head) * self.asked.page_size + T.floormod(position, size)
