@@ -11,7 +11,8 @@ from tvm.tirx.script import builder as T
 
 from llmc.targets import CpuTarget
 
-from .matmul import Epilogue, Product
+from ..epilogue import Epilogue
+from .matmul import Product
 from .vector import bits, choose, i64, kernel, loop, opaque, scratch, share_out, variable, when
 
 

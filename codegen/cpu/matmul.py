@@ -14,23 +14,12 @@ from tvm.tirx.script import builder as T
 
 from llmc.targets import CpuTarget
 
+from ..epilogue import Epilogue
 from .pack import Panels, panels
 from .vector import Vector, bits, choose, i64, kernel, loop, opaque, scratch, share_out, when
 
 RUN = 4  # elements of one row that lie together in a block
 _GATES = {"silu": Vector.silu, "gelu_tanh": Vector.gelu_tanh}
-
-
-@dataclass(frozen=True)
-class Epilogue:
-    """What happens to a sum before it is stored, in this order: + bias, gate, + residual; one rounding at the end.
-
-    gate: the name of an activation f; the weight's first half of columns are gates a, its second half b, y = f(a) * b.
-    """
-
-    bias: str | None = None  # dtype
-    gate: str | None = None  # "silu", "gelu_tanh"
-    residual: str | None = None  # dtype
 
 
 @dataclass(frozen=True)

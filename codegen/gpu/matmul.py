@@ -1,0 +1,68 @@
+"""Matrix products: y = epilogue(x @ W^T), by the kernel that suits the number of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tvm
+from tvm.tirx.script import builder as T
+
+from llmc.targets.gpu import GpuTarget
+
+from ..epilogue import Epilogue
+from . import gemv, simt
+from .machine import Machine, choose, kernel, when
+from .product import Operands, Product, RowMap
+
+FEW = (1, 4, 8)  # rows for which there is a matrix-vector kernel
+
+
+def matmul(
+    target: GpuTarget,
+    columns: int,
+    depth: int,
+    *,
+    weight: str = "float32",
+    activation: str = "float32",
+    out: str | None = None,
+    epilogue: Epilogue | None = None,
+    batch_invariant: bool = False,
+    name: str = "matmul",
+) -> tvm.tirx.PrimFunc:
+    """y = epilogue(x @ W^T), summed in float32, rounded once.
+
+    columns, depth: the shape of W as a checkpoint has it, [columns, depth]. weight, activation, out: dtypes of W, of x,
+    and of y (default: that of x), "float32", "float16" or "bfloat16". float32 operands are multiplied as float32.
+    batch_invariant: a row's numbers are the same bits whatever the number of rows, as few rows cost as much as many.
+
+    Arguments of the PrimFunc, in this order:
+      x [n, depth] activation; w [columns, pack.row_elements(depth, weight)] weight, zeros past depth;
+      bias [columns] epilogue.bias, if there is one; residual [n, columns_out] epilogue.residual, if there is one;
+      y [n, columns_out] out, where columns_out is columns, or columns // 2 with a gate. n may be 0.
+    """
+    product = Product(target, columns, depth, weight, activation, out or activation, epilogue or Epilogue())
+
+    def body(symbols: dict, *buffers: Any) -> None:
+        n, machine = symbols["n"], Machine(target)
+        operands = Operands.of(product, machine, buffers)
+
+        def few(batch: int) -> Callable[[], None]:
+            made = gemv.plan(product, batch)
+
+            def emit() -> None:
+                with machine.launch([made.columns(product).tiles], gemv.WARPS * target.warp) as (column_tile,):
+                    gemv.tile(operands, RowMap(n, lambda r: r), made, column_tile)
+
+            return emit
+
+        def many() -> None:
+            tiles = T.floordiv(n + (simt.SIDE - 1), T.int64(simt.SIDE))
+            with machine.launch([tiles, simt.column_map(product).tiles], simt.THREADS) as (row_tile, column_tile):
+                first = T.bind(T.Cast("int64", row_tile) * simt.SIDE)
+                simt.tile(operands, RowMap(T.bind(n - first), lambda r: first + r), column_tile)
+
+        with when(n > 0):
+            choose([] if batch_invariant else [(n <= batch, few(batch)) for batch in FEW], many)
+
+    return kernel(name, product.params(), body)
