@@ -1,8 +1,8 @@
 """Products of a few rows: as fast as the weight can be read.
 
 A warp reads 16 bytes a lane of each of a few rows of W, several times over before it computes with the first, so that
-enough bytes are on their way. Where columns are few, the warps of a block share the depth. The order of a sum depends on
-the shape of W, on the operands' dtypes and on the plan, and on nothing else.
+enough bytes are on their way. Where columns are few, the warps of a block share the depth. The order of a sum depends
+on the shape of W, on the operands' dtypes and on the plan, and on nothing else.
 """
 
 from __future__ import annotations

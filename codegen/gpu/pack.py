@@ -22,7 +22,7 @@ def row_elements(depth: int, dtype: str) -> int:
 def pack(
     emit: Callable[[relax.Expr], relax.Expr], rows: relax.Expr, columns: int, depth: int, dtype: str
 ) -> relax.Expr:
-    """rows [..., columns, depth] as stored: themselves, or zero-padded to [..., columns, row_elements], in Relax ops."""
+    """rows [..., columns, depth] as stored, in Relax ops: as they are, or zero-padded to row_elements."""
     padding = row_elements(depth, dtype) - depth
     if not padding:
         return rows

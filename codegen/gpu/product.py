@@ -1,7 +1,7 @@
 """What every product kernel of a GPU shares: its operands in memory, and what becomes of its sums.
 
-A kernel computes tiles of y = epilogue(x @ W^T) from rows of x and rows of W, which are output columns. Sums are float32
-whatever the operands are, and are rounded once.
+A kernel computes tiles of y = epilogue(x @ W^T) from rows of x and rows of W, which are output columns. Sums are
+float32 whatever the operands are, and are rounded once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llmc.targets.gpu import GpuTarget
 
 from ..cpu.vector import Params
 from ..epilogue import Epilogue
-from .machine import BYTES, Machine, Registers, flat, i64, when
+from .machine import BYTES, Machine, flat, i64, when, widen
 from .pack import row_elements
 
 
@@ -95,7 +95,9 @@ class Operands:
         names = [name for name, _, _ in product.params(ids)]
         return cls(product, machine, **{name: Memory(b) for name, b in zip(names, buffers, strict=True)})
 
-    def finish(self, row: Any, column: Any, sums: Sequence[Any], partners: Sequence[Any] = (), lead: Any = None) -> None:
+    def finish(
+        self, row: Any, column: Any, sums: Sequence[Any], partners: Sequence[Any] = (), lead: Any = None
+    ) -> None:
         """Emit the epilogue of one row's sums of the out columns column, column + 1, …, and their stores.
 
         row: int64, of x and y. column: int64, a multiple of their number; columns past the last are dropped. partners:
@@ -160,8 +162,6 @@ def load_guarded(m: Machine, source: Memory, base: Any, first: Any, stop: int, c
 
 def widened(source: Memory, element: Any) -> Any:
     """An element as a float32 expression: for use in a branch that is not always taken."""
-    from .machine import widen
-
     return widen(source.elements[element])
 
 
@@ -190,8 +190,8 @@ class RowMap:
 class ColumnMap:
     """Which rows of the weight stand in a tile of `width` local columns.
 
-    With a gate, `group` gates stand beside the `group` columns that they gate, so that the thread that has a sum has its
-    partner's: local columns 0 … group-1 are gates, group … 2·group-1 their partners, and so on.
+    With a gate, `group` gates stand beside the `group` columns that they gate, so that the thread that has a sum has
+    its partner's: local columns 0 … group-1 are gates, group … 2·group-1 their partners, and so on.
     """
 
     columns: int
