@@ -3,6 +3,7 @@
 Exit codes: 0 done; 2 wrong usage or input; 1 anything else.
 """
 
+import gc
 import json
 import os
 import sys
@@ -221,6 +222,8 @@ def main(arguments: list[str] | None = None) -> None:
         stop("interrupted; the same command goes on where this one stopped", code=2)
     except Exception as error:
         stop(f"internal error: {type(error).__name__}: {error} (LLMC_DEBUG=1 shows the traceback)", code=1)
+    finally:
+        gc.freeze()  # else the interpreter looks through every object of torch and TVM once more at its end: a second
 
 
 def stop(message: str, *, code: int) -> None:
