@@ -171,8 +171,15 @@ class Machine:
         register[0] = value
         return T.bind(register[0])
 
-    def barrier(self) -> None:
-        """All threads of the block have come here, and see what each wrote to shared memory before."""
+    def barrier(self, device: bool = False) -> None:
+        """All threads of the block have come here, and see what each wrote to shared memory before.
+
+        device: and to tensors. Other languages' barriers are for all memory; MSL's is for what its flags name, and TVM
+        names threadgroup memory alone.
+        """
+        if device and self.language == "msl":
+            mem_device = T.call_extern("int32", "mem_flags", T.int32(1))
+            T.evaluate(T.call_extern("void", "threadgroup_barrier", mem_device))
         T.evaluate(T.tvm_storage_sync("shared"))
 
     def warp_barrier(self) -> None:
