@@ -10,11 +10,12 @@ from tvm.relax import op as R
 
 from llmc.targets import CpuTarget
 
+from ..epilogue import Epilogue
 from .append import append_pages, copy_pages
 from .attention import paged_attention
 from .experts import expert_linear
 from .gather import take
-from .matmul import Epilogue, matmul
+from .matmul import matmul
 from .pack import panels
 from .rows import row_kernel
 

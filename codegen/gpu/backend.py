@@ -28,8 +28,8 @@ class GpuBackend:
         return matmul(self.target, columns, depth, weight=weight, activation=activation, out=out)
 
     def expert_linear(self, experts, columns, depth, *, weight, activation, ids, bias):
+        from ..epilogue import Epilogue
         from .experts import expert_linear
-        from .matmul import Epilogue
 
         return expert_linear(
             self.target,
