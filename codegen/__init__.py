@@ -6,8 +6,18 @@ with WeightsWriter(path, codegen.weight_specs(lowered.recipes)) as writer:
     codegen.write_weights(lowered.recipes, imported.weights, writer)
 """
 
-from .library import build, library_name
+from .library import build, library_name, sources_name
 from .pipeline import KERNELS, Lowered, lower, lowered
 from .weights import weight_specs, write_weights
 
-__all__ = ["KERNELS", "Lowered", "build", "library_name", "lower", "lowered", "weight_specs", "write_weights"]
+__all__ = [
+    "KERNELS",
+    "Lowered",
+    "build",
+    "library_name",
+    "lower",
+    "lowered",
+    "sources_name",
+    "weight_specs",
+    "write_weights",
+]

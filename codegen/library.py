@@ -3,55 +3,73 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import tvm
 from tvm import relax
 
-from llmc.ir.errors import CompileError
+from llmc.targets import GpuTarget, Target
 
-__all__ = ["build", "library_name"]
+from .binaries.host import link
 
-# Linker emulation of every system that libraries are built for.
-EMULATIONS = {"linux-x86_64": "elf_x86_64", "linux-aarch64": "aarch64linux"}
-
+__all__ = ["build", "export", "library_name", "machine_code", "sources_name"]
 
 # The most tokens of one call, new ones of all sequences together. What a call may take follows from it.
 MAX_STEP_TOKENS = 1024
 
 
-def library_name(target) -> str:
+def library_name(target: Target) -> str:
     """The file name of a target's library, e.g. "cpu-znver4-linux-x86_64.so"."""
     suffix = ".dylib" if target.host.startswith("macos") else ".so"
     return f"{target.name.replace(':', '-')}-{target.host}{suffix}"
 
 
-def build(lowered, target, path: Path | str) -> dict[str, int]:
+def sources_name(target: Target) -> str:
+    """The file name of the zip with a target's kernel sources, e.g. "cuda-sm_90.zip"."""
+    return f"{target.name.replace(':', '-')}.zip"
+
+
+def build(lowered, target: Target, path: Path | str, sources: Path | str | None = None) -> dict[str, Any]:
     """Compile the module to machine code for `target` and link it as the shared library `path`.
 
+    sources: for a GPU, the zip to write of what the library was made from; default: beside the library.
     -> facts of its memory: max_step_tokens, the most tokens of a call, and intermediate_bytes, what a call of that
-    many sets aside (pages that fewer tokens don't reach are never touched).
+    many sets aside (pages that fewer tokens don't reach are never touched); for a GPU also "kernels", the SHA-256 of
+    every kernel's machine code (of its text, where the driver compiles it).
 
     The library is loaded with tvm_ffi.load_module and holds a Relax executable: vm_load_executable, then
     vm_initialization(1, 0, 2, 1, 0, 2), then its functions embed, step, copy_pages_{g}.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(target, GpuTarget):
+        from .binaries import process
+
+        return process.build(lowered.module, target, path, Path(sources or path.with_suffix(".zip")))
+    executable, memory = machine_code(lowered.module, tvm.target.Target(target.llvm()))
+    export(executable, target.host, path)
+    return memory
+
+
+def machine_code(module: tvm.IRModule, machine: tvm.target.Target) -> tuple[Any, dict[str, int]]:
+    """A module in the kernels form, planned and compiled within this process; -> it, and the facts of its memory."""
     # Compaction looks for smaller buffers; kernels have none to give, and it is nine tenths of their compile time.
     quick = tvm.transform.PassContext(disabled_pass=["s_tir.CompactBufferAllocation"])
-    with tvm.target.Target(target.llvm()) as machine, quick:
-        module, memory = _plan(lowered.module)
-        executable = relax.build(module, machine, relax_pipeline=None, exec_mode="bytecode")
+    with machine, quick:
+        planned, memory = _plan(module)
+        return relax.build(planned, machine, relax_pipeline=None, exec_mode="bytecode"), memory
 
-    def link(output, objects, options=None, **_):
-        _link(output, objects, target.host)
+
+def export(executable, host: str, path: Path) -> None:
+    """Link a compiled module as a shared library for `host`."""
+
+    def fcompile(output, objects, options=None, **_):
+        link(output, objects, host)
 
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".objects-") as scratch:
-        executable.export_library(str(path), fcompile=link, workspace_dir=scratch)
-    return memory
+        executable.export_library(str(path), fcompile=fcompile, workspace_dir=scratch)
 
 
 def _plan(module: tvm.IRModule) -> tuple[tvm.IRModule, dict[str, int]]:
@@ -118,32 +136,3 @@ def _finish(module: tvm.IRModule) -> tvm.IRModule:
             relax.transform.AttachGlobalSymbol(),
         ]
     )(module)
-
-
-def _link(output: str, objects: list[str], host: str) -> None:
-    """Link with the lld that ziglang brings: no compiler or C library of the system's is needed.
-
-    Kernels call a few functions of the C library; it is named through an empty library that bears its name. TVM's
-    runtime functions stay undefined until the library is loaded beside it.
-    """
-    if host not in EMULATIONS:
-        raise CompileError(f"no linker is set up for {host}: expected one of {', '.join(EMULATIONS)}", stage="library")
-    lld = [sys.executable, "-m", "ziglang", "ld.lld", "-m", EMULATIONS[host], "-shared"]
-    folder = Path(objects[0]).parent
-    empty = folder / "empty.a"
-    empty.write_bytes(b"!<arch>\n")
-    names = ("libm.so.6", "libc.so.6")
-    for name in names:
-        _run([*lld, "-soname", name, str(empty), "-o", str(folder / name)])
-    needed = ["--no-as-needed", *(str(folder / n) for n in names)]
-    _run([*lld, "--hash-style=gnu", "-z", "now", "-z", "relro", "-o", output, *objects, *needed])
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise CompileError(
-            f"the linker failed (exit {done.returncode}): {done.stderr.strip()[-2000:]}; "
-            f"is the package ziglang installed? (pip install 'llmc[compile]')",
-            stage="library",
-        )

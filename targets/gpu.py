@@ -52,6 +52,7 @@ class GpuTarget:
     multiprocessors: of the card that bandwidth (bytes/s) and peak (multiply-adds counted as two, float16 operands with
     float32 sums, dense, FLOP/s) belong to. Of each multiprocessor: registers (32 bits a thread's), shared memory in
     bytes, resident threads, resident blocks; 0 where the maker tells no number.
+    mattr: LLVM features beyond the architecture's own.
     keys_token_last: K pages are [kv_heads, page_size, head_dim], as V's.
     """
 
@@ -76,6 +77,7 @@ class GpuTarget:
     blocks_per_multiprocessor: int
     bandwidth: float
     peak: float
+    mattr: tuple[str, ...] = ()
     keys_token_last: bool = False
 
     @property
@@ -96,9 +98,11 @@ class GpuTarget:
     def tvm(self) -> dict:
         """The keywords of `tvm.target.Target` for device code."""
         arch = {"cuda": {"arch": self.arch}, "rocm": {"mcpu": self.arch}, "metal": {}}[self.kind]
+        mattr = {"mattr": list(self.mattr)} if self.mattr else {}
         return {
             "kind": self.kind,
             **arch,
+            **mattr,
             "max_num_threads": self.max_threads,
             "max_threads_per_block": self.max_threads,
             "max_shared_memory_per_block": self.shared_bytes,

@@ -44,6 +44,8 @@ def _rdna(card: str, matrix_unit: str, multiprocessors: int, gb: float, tflops: 
         threads_per_multiprocessor=2 * 16 * 32,
         bandwidth=gb * 1e9,
         peak=tflops * 1e12,
+        # A block stays on one compute unit, not two: its shared memory is near, and its fences are cheap.
+        mattr=("+cumode",),
     )
 
 
@@ -63,7 +65,7 @@ def target(arch: str, host: str | None = None) -> GpuTarget:
         name=f"rocm:{arch}",
         arch=arch,
         host=choose_host("rocm", host, HOSTS),
-        max_threads=1024,
+        max_threads=256,  # TVM writes this limit into the code, whatever it is told
         shared_bytes=64 << 10,
         shared_dynamic_bytes=64 << 10,
         shared_per_multiprocessor=64 << 10,  # RDNA: 128 KB for two compute units

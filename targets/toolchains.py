@@ -36,7 +36,7 @@ LINKER = Toolchain("ziglang", "cross", ("ziglang",))
 NVRTC = Toolchain(
     "NVRTC",
     "cuda",
-    ("cuda.bindings", "nvidia.cu13"),
+    ("nvidia.cu13",),
     (("nvidia.cu13", "lib/libnvrtc.so.13"), ("nvidia.cu13", "include/cuda_fp16.h"), ("nvidia.cu13", "include/cccl")),
 )
 DISASSEMBLER = Toolchain("nvdisasm", "cuda", ("nvidia.cu13",), (("nvidia.cu13", "bin/nvdisasm"),))

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from llmc import codegen, targets
-from llmc.codegen.library import MAX_STEP_TOKENS, _link, _plan, library_name
-from llmc.ir.errors import CompileError
+from llmc.codegen.library import MAX_STEP_TOKENS, _plan, library_name
 from llmc.ir.evaluate import Reference
 from tests.codegen import machine
 from tests.codegen.ragged import Llama, tables
@@ -93,11 +92,3 @@ def test_kernels_don_t_grow_with_depth(goal):
 
 def test_name_of_a_library():
     assert library_name(targets.parse("cpu:x86-64-v3")[0]) == "cpu-x86-64-v3-linux-x86_64.so"
-
-
-def test_linker_errors_are_told(tmp_path):
-    (tmp_path / "a.o").write_text("no object")
-    with pytest.raises(CompileError, match="the linker failed"):
-        _link(str(tmp_path / "a.so"), [str(tmp_path / "a.o")], "linux-x86_64")
-    with pytest.raises(CompileError, match="no linker is set up for plan9"):
-        _link(str(tmp_path / "a.so"), [str(tmp_path / "a.o")], "plan9-x86_64")

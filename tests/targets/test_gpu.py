@@ -42,8 +42,9 @@ def test_facts_for_tvm():
     assert target.tvm() == {
         "kind": "rocm",
         "mcpu": "gfx1100",
-        "max_num_threads": 1024,
-        "max_threads_per_block": 1024,
+        "mattr": ["+cumode"],
+        "max_num_threads": 256,
+        "max_threads_per_block": 256,
         "max_shared_memory_per_block": 65536,
         "thread_warp_size": 32,
     }
