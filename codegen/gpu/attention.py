@@ -16,8 +16,9 @@ from tvm.tirx.script import builder as T
 from llmc.targets import GpuTarget
 
 from . import attention_lanes as lanes
-from .attention_parts import Asked, Operands, Tile
-from .machine import LOG2E, NOTHING, Machine, bits, i32, i64, kernel, loop, when
+from . import attention_tiles as tiles
+from .attention_parts import Asked, Columns, Operands, Tile
+from .machine import BYTES, LOG2E, NOTHING, Machine, flat, i32, i64, kernel, loop, when
 from .ragged import sequence_of
 
 __all__ = ["paged_attention"]
@@ -75,7 +76,7 @@ def paged_attention(
         v = None if v_width else arguments.pop(0)
         sink = arguments.pop(0) if sinks else None
         qo, kv, indices, last, out = arguments
-        o = Operands(symbols["n"], symbols["b"], q, k, v, sink, qo, kv, indices, last, bits(out))
+        o = Operands(symbols["n"], symbols["b"], q, k, v, sink, qo, kv, indices, last, out)
         with when(T.And(o.n > 0, o.b > 0)):
             _Launches(asked, o).emit()
 
@@ -88,7 +89,7 @@ class _Launches:
     def __init__(self, asked: Asked, o: Operands):
         self.m, self.asked, self.o = Machine(asked.target), asked, o
         self.few = lanes.Cut.of(asked, decode=True)
-        self.many = lanes.Cut.of(asked, decode=False)
+        self.many = tiles.Tiling.of(asked) or lanes.Cut.of(asked, decode=False)
 
     def emit(self) -> None:
         asked, o, few = self.asked, self.o, self.few
@@ -108,7 +109,7 @@ class _Launches:
         with when(everything == 0):
             self.prefill()
 
-    def head(self, cut: lanes.Cut, block: Any) -> tuple[Any, Any]:
+    def head(self, cut: lanes.Cut | tiles.Tiling, block: Any) -> tuple[Any, Any]:
         """The key head of a block and which part of its query heads."""
         parts = cut.parts(self.asked)
         return T.bind(T.floordiv(block, T.int32(parts))), T.bind(T.floormod(block, T.int32(parts)))
@@ -135,18 +136,25 @@ class _Launches:
                 # Vectors have their row's place if all rows are here, else one of their sequence's.
                 place = m.keep(T.Select(everything == 1, first + done, block * cut.rows))
 
-                def finish(f: lanes.Finished, tile: Tile = tile, place: Any = place) -> None:
-                    with when(f.there), T.If(splits == 1):
-                        with T.Then():
-                            self.store(i64(tile.row + f.row), f)
-                        with T.Else():
-                            to = T.bind((i64(split) * (o.b * cut.rows) + (place + f.row)) * asked.heads + f.head)
-                            T.buffer_store(sums, f.value, [to * asked.v_dim + f.column])
-                            with when(f.column == 0):
-                                T.buffer_store(marks, f.peak, [to * 2])
-                                T.buffer_store(marks, f.total, [to * 2 + 1])
+                def found(row: Any, head: Any, peak: Any, total: Any, tile: Tile = tile, place: Any = place) -> Columns:
+                    """What a split found, or the answer where there is but one."""
 
-                lanes.attend(m, asked, cut, o, tile, kv_head, part, finish)
+                    def store(column: Any, values: list[Any]) -> None:
+                        with T.If(splits == 1):
+                            with T.Then():
+                                self.answer(row, head, peak, total)(column, values)
+                            with T.Else():
+                                vector = T.bind(place + (row - tile.row))
+                                to = T.bind((i64(split) * (o.b * cut.rows) + vector) * asked.heads + head)
+                                [value] = values
+                                T.buffer_store(sums, value, [to * asked.v_dim + column])
+                                with when(column == 0):
+                                    T.buffer_store(marks, peak, [to * 2])
+                                    T.buffer_store(marks, total, [to * 2 + 1])
+
+                    return store
+
+                lanes.attend(m, asked, cut, o, tile, kv_head, part, found)
 
     def merge(self, splits: Any, everything: Any, sums: Any, marks: Any) -> None:
         """A block joins what the splits found for one head of one sequence."""
@@ -173,7 +181,7 @@ class _Launches:
                             shrink = m.exp2(marks[found * 2] - peak[0])
                             total[0] = total[0] + marks[found * 2 + 1] * shrink
                             value[0] = value[0] + sums[found * asked.v_dim + column] * shrink
-                    self.store(i64(first + i), lanes.Finished(None, head, None, column, peak[0], total[0], value[0]))
+                    self.answer(T.bind(first + i), head, peak[0], total[0])(column, [value[0]])
 
     def prefill(self) -> None:
         """A block computes a tile of rows of one sequence, for heads that share a key head.
@@ -182,13 +190,13 @@ class _Launches:
         and found without counting what comes before.
         """
         m, asked, o, cut = self.m, self.asked, self.o, self.many
-        tiles = T.bind(T.floordiv(o.n, T.int64(cut.rows)) + o.b)
-        with m.launch([tiles, asked.kv_heads * cut.parts(asked)], lanes.WARPS * m.warp) as [block, head]:
+        numbers = T.bind(T.floordiv(o.n, T.int64(cut.rows)) + o.b)
+        with m.launch([numbers, asked.kv_heads * cut.parts(asked)], lanes.WARPS * m.warp) as [block, head]:
 
             def begin(s: Any) -> Any:
                 return T.floordiv(o.qo_indptr[s], T.int32(cut.rows)) + T.Cast("int32", s)
 
-            number = T.bind(i32(tiles) - 1 - block)  # the last rows of a sequence see the most keys: they go first
+            number = T.bind(i32(numbers) - 1 - block)  # the last rows of a sequence see the most keys: they go first
             found = sequence_of(m, o.b, begin, number)
             with when(found >= 0):
                 s = T.bind(i64(found))
@@ -197,20 +205,30 @@ class _Launches:
                 with when(T.And(rows > 0, o.qo_indptr[s + 1] - o.qo_indptr[s] > self.few.rows)):
                     tile = Tile(m, asked, o, s, row, rows)
                     kv_head, part = self.head(cut, head)
+                    if isinstance(cut, tiles.Tiling):
+                        tiles.attend(m, asked, cut, o, tile, kv_head, part, self.answer)
+                    else:
+                        lanes.attend(m, asked, cut, o, tile, kv_head, part, self.answer)
 
-                    def finish(f: lanes.Finished) -> None:
-                        with when(f.there):
-                            self.store(i64(row + f.row), f)
-
-                    lanes.attend(m, asked, cut, o, tile, kv_head, part, finish)
-
-    def store(self, row: Any, f: lanes.Finished) -> None:
-        """One column of the answer of one query vector. A sink joins its head's softmax as one more score."""
-        m, o = self.m, self.o
-        value, total = f.value, f.total
+    def answer(self, row: Any, head: Any, peak: Any, total: Any) -> Columns:
+        """Stores columns of the answer of one query vector. A sink joins its head's softmax as one more score."""
+        m, asked, o = self.m, self.asked, self.o
+        share = T.float32(1) / total
         if o.sinks is not None:
-            sink = m.keep(o.sinks[f.head] * T.float32(LOG2E), "float32")
-            top = m.keep(T.max(f.peak, sink), "float32")
-            shrink = m.exp2(f.peak - top)
-            value, total = value * shrink, total * shrink + m.exp2(sink - top)
-        m.store(o.out, [row, i64(f.head), i64(f.column)], value / total)
+            sink = m.keep(o.sinks[head] * T.float32(LOG2E), "float32")
+            top = m.keep(T.max(peak, sink), "float32")
+            shrink = m.exp2(peak - top)
+            share = shrink / (total * shrink + m.exp2(sink - top))
+        share = m.keep(share, "float32")
+        first = m.keep((i64(row) * asked.heads + head) * asked.v_dim, "int64")
+
+        def store(column: Any, values: list[Any]) -> None:
+            values = [v * share for v in values]
+            if len(values) == 1:
+                m.store(flat(o.out), [first + column], values[0])
+            else:
+                packed = m.registers(len(values) * BYTES[asked.dtype] // 4, "uint32")
+                m.pack(values, asked.dtype, packed, 0)
+                m.put(flat(o.out, "uint32"), first + column, asked.dtype, packed, 0, len(values))
+
+        return store

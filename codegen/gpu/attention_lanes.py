@@ -10,16 +10,15 @@ at the end, lanes by shuffles, warps through shared memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from .attention_parts import Asked, Memory, Operands, Tile
+from .attention_parts import Asked, Finish, Memory, Operands, Tile
 from .machine import LEAST, NOTHING, Machine, i64, loop, when, whole
 
-__all__ = ["Cut", "Finished", "attend"]
+__all__ = ["Cut", "attend"]
 
 WARPS = 4
 IN_FLIGHT = 4  # accesses to keys that a lane has under way, and as many to values
@@ -70,25 +69,8 @@ class Cut:
         return WARPS * self.tokens * (warp // self.lanes)
 
 
-@dataclass(frozen=True)
-class Finished:
-    """One column of one query vector: row (of the tile) and head (of the block) int32, and whether they exist.
-
-    value / total is what attention gives, but for a sink; both are relative to 2**peak. total is 0 where no token was
-    seen, and value then means nothing.
-    """
-
-    row: Any
-    head: Any
-    there: Any
-    column: Any
-    peak: Any
-    total: Any
-    value: Any
-
-
 def attend(m: Machine, asked: Asked, cut: Cut, o: Operands, tile: Tile, kv_head: Any, part: Any,
-           finish: Callable[[Finished], None]) -> None:  # fmt: skip
+           finish: Finish) -> None:  # fmt: skip
     """Emit one block's work on a tile for one part of the heads of a key head; calls finish once, in a loop."""
     _Attend(m, asked, cut, o, tile, kv_head, part).emit(finish)
 
@@ -110,7 +92,7 @@ class _Attend:
         # Rows that don't exist are the last one again: what they compute is not stored.
         self.offsets = [T.bind(T.min(T.int32(r), tile.rows - 1)) if r else T.int32(0) for r in range(cut.rows)]
 
-    def emit(self, finish: Callable[[Finished], None]) -> None:
+    def emit(self, finish: Finish) -> None:
         self.load_queries()
         self.sums.fill(0)
         self.peaks.fill(NOTHING)
@@ -254,7 +236,7 @@ class _Attend:
             for numbers, at in [(self.totals, vector), *((self.sums, vector * width + i) for i in range(width))]:
                 numbers[at] = m.warp_reduce(lambda a, b: a + b, numbers[at] * shrink, stride=cut.lanes)
 
-    def merge_warps(self, finish: Callable[[Finished], None]) -> None:
+    def merge_warps(self, finish: Finish) -> None:
         """The warps of the block become one; every thread finishes some columns."""
         m, cut, v_dim = self.m, self.cut, self.asked.v_dim
         peaks, totals = m.shared(WARPS * cut.vectors), m.shared(WARPS * cut.vectors)
@@ -289,6 +271,7 @@ class _Attend:
                 shrink = m.exp2(peaks[w * cut.vectors + vector] - top)
                 total[0] = total[0] + totals[w * cut.vectors + vector] * shrink
                 value[0] = value[0] + sums[(w * cut.vectors + vector) * v_dim + column] * shrink
-            there = T.And(row < self.tile.rows, head < self.heads_here)
-            finish(Finished(T.bind(row), T.bind(self.head0 + head), there, column, top, total[0], value[0]))
+            with when(T.And(row < self.tile.rows, head < self.heads_here)):
+                row, head = T.bind(self.tile.row + row), T.bind(self.head0 + head)
+                finish(row, head, top, total[0])(column, [value[0]])
         m.barrier()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,13 @@ from llmc.targets import GpuTarget
 
 from .machine import BYTES, LOG2E, Machine, Registers, flat, i64, widen
 
-__all__ = ["Asked", "Memory", "Operands", "Tile"]
+__all__ = ["Asked", "Columns", "Finish", "Memory", "Operands", "Tile"]
+
+# store(column, values): neighbouring columns of a query vector, the first of them int32, values not yet divided.
+Columns = Callable[[Any, list[Any]], None]
+# finish(row of q, head, peak, total) -> store, for a query vector: values / total is what attention gives, but for a
+# sink; both are relative to 2**peak. A total of 0 says that no token was seen, and values mean nothing.
+Finish = Callable[[Any, Any, Any, Any], Columns]
 
 
 @dataclass(frozen=True)
