@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from llmc.runtime import artifact
-from llmc.runtime.executor import CpuExecutor, Table, aligned
+from llmc.runtime.devices.cpu import CpuExecutor
+from llmc.runtime.executor import Table, aligned
 
 from . import checkpoints, configs
 

@@ -353,11 +353,18 @@ def machine_features() -> frozenset[str]:
 
 
 def choose_target(
-    manifest: Manifest, target: str | None = None, *, host: str | None = None, features: Iterable[str] | None = None
+    manifest: Manifest,
+    target: str | None = None,
+    *,
+    host: str | None = None,
+    features: Iterable[str] | None = None,
+    obstacle: Callable[[TargetEntry], str | None] | None = None,
 ) -> TargetEntry:
-    """The target to run: the one asked for ("cpu", "cpu:znver4"), or the one with most features that this machine has.
+    """The target to run: the one asked for ("cpu", "cuda:sm_90"), or the best that this machine can run.
 
-    Raises ArtifactError: none for this machine, or features missing (needed, and which of them this machine lacks).
+    Best is a GPU's, of the latest architecture; of CPU targets, the one with most features that this machine has.
+    obstacle(target): why no GPU here runs a target, None: one does. Raises ArtifactError: none for this machine, a
+    driver too old, or features missing (needed, and which of them this machine lacks).
     """
     host = host or machine_host()
     have = machine_features() if features is None else frozenset(_plain(f) for f in features)
@@ -365,13 +372,18 @@ def choose_target(
     named = [t for t in manifest.targets if target in (None, t.target, t.kind)]
     if not named:
         raise ArtifactError(f"{manifest.name}: no target {target!r} in this artifact; it has: {there}")
-    here = [t for t in named if t.host == host and t.kind == "cpu"]
+    here = [t for t in named if t.host == host]
     if not here:
         asked = f" {target!r}" if target else ""
         raise ArtifactError(
-            f"{manifest.name}: no target{asked} for this machine ({host}, cpu); the artifact has: {there}; "
+            f"{manifest.name}: no target{asked} for this machine ({host}); the artifact has: {there}; "
             "compile it for this machine"
         )
+    judged = [(t, None if t.kind == "cpu" else (obstacle or _obstacle)(t)) for t in here]
+    here = [t for t, why in judged if why is None]
+    if not here:
+        reasons = "; ".join(why for _, why in judged if why is not None)
+        raise ArtifactError(f"{manifest.name}: no target for this machine: {reasons}; compile it for cpu as well")
     able = [t for t in here if not _missing(t, have)]
     if not able:
         lacks = "; ".join(
@@ -380,7 +392,13 @@ def choose_target(
         raise ArtifactError(
             f"{manifest.name}: this machine's CPU lacks features: {lacks}; compile it here, or for an older CPU"
         )
-    return max(able, key=lambda t: len(t.features))
+    return max(able, key=lambda t: (t.kind != "cpu", "" if t.kind == "cpu" else t.target, len(t.features)))
+
+
+def _obstacle(target: TargetEntry) -> str | None:
+    from .devices.drivers import obstacle
+
+    return obstacle(target)
 
 
 def _missing(entry: TargetEntry, have: frozenset[str]) -> list[str]:

@@ -25,7 +25,7 @@ _CODES = {
     "float8_e4m3fn": (10, 8),
     "float8_e5m2": (12, 8),
 }
-_CPU = 1
+CPU = 1  # DLDeviceType
 
 
 class _DLTensor(ctypes.Structure):
@@ -53,23 +53,24 @@ _new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
 
 
 class View:
-    """CPU memory at an address as a contiguous tensor, for any `from_dlpack`.
+    """Memory at an address as a contiguous tensor, for any `from_dlpack`; of a CPU, or of `device` (type, number).
 
     It has no deleter: whoever made it keeps both the memory and this object for as long as the importer lives.
     """
 
-    def __init__(self, address: int, shape: Sequence[int], dtype: str):
+    def __init__(self, address: int, shape: Sequence[int], dtype: str, device: tuple[int, int] = (CPU, 0)):
         code, bits = _CODES[dtype]
         n = len(shape)
         strides, step = [0] * n, 1
         for i in reversed(range(n)):
             strides[i], step = step, step * shape[i]
         self._shape, self._strides = (ctypes.c_int64 * n)(*shape), (ctypes.c_int64 * n)(*strides)
-        tensor = _DLTensor(address, _CPU, 0, n, code, bits, 1, self._shape, self._strides, 0)
+        self._device = device
+        tensor = _DLTensor(address, *device, n, code, bits, 1, self._shape, self._strides, 0)
         self._managed = _DLManagedTensor(tensor, None, None)
 
     def __dlpack__(self, **_):
         return _new_capsule(ctypes.addressof(self._managed), b"dltensor", None)
 
     def __dlpack_device__(self):
-        return _CPU, 0
+        return self._device

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from . import artifact
+from .devices import open_executor
 from .engine import Engine
 from .errors import ArtifactError, RequestError
-from .executor import CpuExecutor, available_bytes, page_bytes
 from .request import Chunk, Completion, Job, Logits, Request, Scores
 from .sampler import Sampling
 from .text import Detokenizer, Tokenizer
@@ -32,36 +32,32 @@ def load(
 ) -> "Model":
     """Load an artifact.
 
-    target: one of the artifact's ("cpu", "cpu:znver4"); default: the best one this machine can run.
-    cache_tokens: size of the page pool in tokens; default on a CPU: it grows on demand, up to half of the free memory.
-    batch_invariant: a CPU always is, in float32. Raises ArtifactError: not an artifact, damaged, another format or ABI
-    version, no target for this machine. The libraries are native code: load artifacts from those you trust.
+    target: one of the artifact's ("cpu", "cuda", "cuda:sm_90"); default: the best one this machine can run.
+    device: which of the machine's GPUs. cache_tokens: size of the page pool in tokens; default: on a CPU it grows on
+    demand, up to half of the free memory; on a GPU it takes what 90% of the free memory leaves. batch_invariant: a CPU
+    always is, in float32. Raises ArtifactError: not an artifact, damaged, another format or ABI version, no target for
+    this machine, a driver too old, a model too large for the device. The libraries are native code: load artifacts from
+    those you trust.
     """
     folder = Path(path)
     manifest = artifact.read(folder)
     entry = artifact.choose_target(manifest, target)
-    if device != 0:
-        raise RequestError(f"device: the target {entry.target} has device 0 only, found {device!r}")
     if cache_tokens is not None and (
         isinstance(cache_tokens, bool) or not isinstance(cache_tokens, int) or cache_tokens < 1
     ):
         raise RequestError(f"cache_tokens: expected a whole number of at least 1, found {cache_tokens!r}")
-    pages = _pages(entry.state, cache_tokens)
-    executor = CpuExecutor(folder, manifest, entry, pages)
+    executor = open_executor(folder, manifest, entry, cache_tokens=cache_tokens, device=device)
     tokenizer = Tokenizer(folder, list(manifest.files)) if "tokenizer.json" in manifest.files else None
     ends = _eos_token_ids(folder, manifest)
-    keep = None if cache_tokens is not None else max(KEEP_IDLE, int(manifest.model.get("max_context") or 0))
+    # A GPU's pool is set aside anyway: all of it may hold what was computed.
+    keep = (
+        None
+        if cache_tokens is not None or entry.kind != "cpu"
+        else max(KEEP_IDLE, int(manifest.model.get("max_context") or 0))
+    )
     keep_pages = None if keep is None else -(-keep // entry.state[0].page_size)
     engine = Engine(executor, keep_idle=keep_pages)
     return Model(manifest, engine, tokenizer, ends, entry.target)
-
-
-def _pages(groups: Sequence[artifact.StateGroup], cache_tokens: int | None) -> list[int]:
-    """Pages of each group, the scratch page included."""
-    if cache_tokens is None:
-        per_token = sum(page_bytes(g) / g.page_size for g in groups)
-        cache_tokens = int(available_bytes() / 2 / per_token)
-    return [min(-(-cache_tokens // g.page_size) + 1, (1 << 31) - 1) for g in groups]  # page ids are int32
 
 
 def _eos_token_ids(folder: Path, manifest: artifact.Manifest) -> tuple[int, ...]:

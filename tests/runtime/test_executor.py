@@ -15,8 +15,10 @@ import pytest
 
 from llmc.runtime import artifact
 from llmc.runtime.artifact import Function, Manifest, StateGroup, StateTensor, TargetEntry, WeightsEntry, WeightsWriter
+from llmc.runtime.devices.cpu import CpuExecutor, available_bytes
 from llmc.runtime.errors import ArtifactError
-from llmc.runtime.executor import CpuExecutor, Table, aligned, available_bytes, cores, page_bytes
+from llmc.runtime.executor import Table, aligned, page_bytes
+from llmc.runtime.libraries import cores
 
 VOCAB, WIDTH = 8, 4
 

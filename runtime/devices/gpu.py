@@ -1,0 +1,261 @@
+"""The executor of a GPU: weights and pages lie in the device's memory, tables are sent there at every step."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Iterable, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..artifact import Manifest, TargetEntry, check, inside
+from ..dlpack import CPU, View
+from ..errors import ArtifactError, RequestError
+from ..executor import Table, aligned, aligned_copy, page_bytes
+from ..libraries import ffi, function, open_library, open_runtime
+from ..weights import DTYPES, Spec
+from . import drivers, pages_of, token_bytes
+
+__all__ = ["GpuExecutor", "open_backend"]
+
+DEVICE_TYPES = {"cuda": 2, "metal": 8, "rocm": 10}  # DLDeviceType
+POOLED = 2  # TVM's allocator that keeps buffers: those of a step have the same sizes every time
+TOTAL_MEMORY, FREE_MEMORY = 14, 15  # tvm/runtime/device_api.h, DeviceAttrKind
+SHARE = 0.9  # of the free memory that is taken where nobody says how much
+APART = 256  # bytes between tables that are sent together: what drivers align tensors to
+PLUGINS = "llmc.runtime_backends"
+
+
+def open_backend(kind: str) -> None:
+    """Make TVM's runtime know a kind of device: its own library, or a plugin of the entry-point group.
+
+    Raises ArtifactError: there is none, or it can't be opened here.
+    """
+    tvm_ffi = ffi()
+    if tvm_ffi.get_global_func(f"device_api.{kind}", allow_missing=True) is not None:
+        return
+    plugins = [p for p in entry_points(group=PLUGINS) if p.name == kind]
+    if plugins:
+        plugins[0].load()()
+    elif kind == "rocm":
+        raise ArtifactError("no HIP runtime for TVM is installed: pip install 'llmc[rocm-runtime]'")
+    else:
+        if kind == "cuda":
+            _open_cudart()
+        try:
+            open_runtime(f"libtvm_runtime_{kind}")
+        except OSError as error:
+            raise ArtifactError(f"TVM's {kind} runtime can't be opened: {error}") from error
+    if tvm_ffi.get_global_func(f"device_api.{kind}", allow_missing=True) is None:
+        raise ArtifactError(f"TVM's {kind} runtime was opened and brings no device of that kind")
+
+
+def _open_cudart() -> None:
+    """libcudart.so.13 of the package nvidia-cuda-runtime, where there is one; else the loader looks for its own."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        library = Path(folder) / "cu13" / "lib" / "libcudart.so.13"
+        if library.exists():
+            ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+
+
+class GpuExecutor:
+    """An artifact's library on one of this machine's GPUs.
+
+    Weights are sent once, and one that several functions take is there once. The page pools are set aside when the
+    executor is made. What a step needs travels in one piece where the driver lets tensors begin anywhere in memory.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        target: TargetEntry,
+        *,
+        cache_tokens: int | None = None,
+        device: int = 0,
+        machine: Any = None,
+    ):
+        """machine: the library's functions by name, if somebody else has opened it.
+
+        Raises ArtifactError: damaged, a library that can't be opened, a model too large for the device's memory;
+        RequestError: no device of that number.
+        """
+        self.groups = target.state
+        weights = check(folder, manifest, target)
+        self._device = (DEVICE_TYPES[target.kind], device)
+        if machine is None:
+            there = len(drivers.cards(target.kind))
+            if not 0 <= device < there:
+                raise RequestError(f"device: expected one of 0 … {there - 1}, found {device!r}")
+            open_backend(target.kind)
+            machine = open_library(inside(folder, target.library).resolve(), self.devices)
+        else:
+            machine["vm_initialization"](*self.devices)
+        self._runtime = _Runtime(self._device, views=target.kind != "metal")
+        names = list(dict.fromkeys(name for f in ("embed", "step") for name in target.functions[f].weights))
+        specs = {name: Spec(*weights.specs[name]) for name in names}
+        needed = {
+            "weights": sum(spec.bytes for spec in specs.values()),
+            "a step": int(manifest.memory.get("intermediate_bytes", 0)),
+        }
+        self.pages = tuple(self._fit(manifest, target, needed, cache_tokens))
+        held = {name: self._runtime.send(weights[name], specs[name]) for name in names}
+        convert = ffi().convert
+        self._weights: Any = {
+            f: convert([held[name] for name in target.functions[f].weights]) for f in ("embed", "step")
+        }
+        pools = [
+            [self._runtime.empty((count, *t.shape), t.dtype) for t in group.tensors]
+            for group, count in zip(target.state, self.pages, strict=True)
+        ]
+        self._group_pages: Any = [convert(tensors) for tensors in pools]
+        self._all_pages: Any = convert([tensor for tensors in pools for tensor in tensors])
+        self._embed, self._step = function(machine, target, "embed"), function(machine, target, "step")
+        self._copies: Any = [function(machine, target, f"copy_pages_{i}") for i in range(len(target.state))]
+        self._machine = machine
+        self._first_row = aligned(1)
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """For the virtual machine: the GPU with buffers kept, the CPU with buffers given back."""
+        return (*self._device, POOLED, CPU, 0, 1)
+
+    def _fit(
+        self, manifest: Manifest, target: TargetEntry, needed: dict[str, int], cache_tokens: int | None
+    ) -> list[int]:
+        """Pages of each group, such that all that is predicted fits the device's free memory."""
+        free, total = self._runtime.memory()
+        each = token_bytes(target.state)
+        if cache_tokens is None:
+            if free is None:
+                raise ArtifactError(
+                    f"{target.target}: the driver does not tell how much memory is free: give cache_tokens"
+                )
+            # One page of every group is scratch.
+            left = SHARE * free - sum(needed.values()) - sum(map(page_bytes, target.state))
+            cache_tokens = max(int(left / each), target.state[0].page_size)
+        pages = pages_of(target.state, cache_tokens)
+        cache = sum(page_bytes(g) * count for g, count in zip(target.state, pages, strict=True))
+        needed = needed | {f"a cache of {cache_tokens} tokens": cache}
+        if free is not None and sum(needed.values()) > free:
+            parts = " + ".join(f"{gigabytes(size)} for {what}" for what, size in needed.items())
+            raise ArtifactError(
+                f"{manifest.name} does not fit the device's memory: {parts} = {gigabytes(sum(needed.values()))}, "
+                f"free: {gigabytes(free)} of {gigabytes(total or free)}; lower cache_tokens, or use a smaller model"
+            )
+        return pages
+
+    def embed(self, tokens: np.ndarray) -> Any:
+        return self._embed(*self._runtime.place("embed", [tokens]), self._weights["embed"])
+
+    def step(
+        self, hidden: Any, positions: np.ndarray, qo_indptr: np.ndarray, logit_rows: np.ndarray, tables: Sequence[Table]
+    ) -> np.ndarray:
+        rows = len(logit_rows)  # compiled code takes no empty tensor: ask for a row then, and drop it
+        asked = logit_rows if rows else self._first_row
+        placed = self._runtime.place(
+            "step", [positions, qo_indptr, asked, *(array for table in tables for array in table)]
+        )
+        logits = self._runtime.fetch(self._step(hidden, *placed, self._all_pages, self._weights["step"]))
+        return logits if rows else logits[:0]
+
+    def copy_pages(self, group: int, source: Sequence[int], target: Sequence[int]) -> None:
+        pairs = aligned(len(source)), aligned(len(target))
+        pairs[0][:], pairs[1][:] = source, target
+        self._copies[group](*self._runtime.place("copy_pages", pairs), self._group_pages[group])
+
+    def close(self) -> None:
+        self._weights = self._all_pages = self._group_pages = None
+        self._embed = self._step = self._copies = self._machine = None
+        self._runtime.close()
+
+
+class _Runtime:
+    """Memory of one device, by the functions that TVM's runtime registers.
+
+    views: a tensor may begin anywhere in a piece of memory; otherwise every tensor has a piece of its own (Metal, whose
+    memory is named by handles).
+    """
+
+    def __init__(self, device: tuple[int, int], *, views: bool):
+        tvm_ffi = ffi()
+        self.ffi, self.device, self.views = tvm_ffi, device, views
+        find = tvm_ffi.get_global_func
+        self._allocate = find("runtime.TVMTensorAllocWithScope")
+        self._from_bytes, self._to_bytes = find("runtime.TVMTensorCopyFromBytes"), find("runtime.TVMTensorCopyToBytes")
+        self._attribute = find("runtime.GetDeviceAttr")
+        self._pieces: dict[str, list[tuple[Any, int]]] = {}  # of tables: tensor, its bytes
+        self._sent: dict[str, list[View]] = {}
+
+    def memory(self) -> tuple[int | None, int | None]:
+        """Free and total bytes of the device; None where its driver does not tell."""
+        free, total = (self._attribute(*self.device, kind) for kind in (FREE_MEMORY, TOTAL_MEMORY))
+        return free or total or None, total or None
+
+    def empty(self, shape: Iterable[int], dtype: str) -> Any:
+        """A tensor that nothing has written."""
+        device = self.ffi.Device(*self.device)
+        return self._allocate(self.ffi.Shape(tuple(shape)), self.ffi.dtype(dtype), device, None)
+
+    def send(self, array: np.ndarray, spec: Spec) -> Any:
+        """A tensor with an array's bytes."""
+        tensor = self.empty(spec.shape, spec.dtype)
+        self._copy(tensor, np.ascontiguousarray(array))
+        return tensor
+
+    def _copy(self, tensor: Any, array: np.ndarray) -> None:
+        self._from_bytes(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)
+
+    def place(self, use: str, arrays: Sequence[np.ndarray]) -> list[Any]:
+        """int32 arrays as tensors of the device, until the next call for the same use."""
+        arrays = [aligned_copy(a) for a in arrays]
+        ends = np.cumsum([-(-max(a.nbytes, 1) // APART) * APART for a in arrays])
+        if not self.views:
+            return [self._alone(f"{use} {i}", a) for i, a in enumerate(arrays)]
+        piece = self._piece(use, int(ends[-1]))
+        whole = aligned(int(ends[-1]) // 4)
+        views = []
+        for array, end in zip(arrays, [0, *ends[:-1]], strict=True):
+            whole[end // 4 : end // 4 + array.size] = array.reshape(-1)
+            views.append(View(piece.data_ptr() + int(end), array.shape, "int32", self.device))
+        self._copy_part(piece, whole)
+        self._sent[use] = views
+        return [self.ffi.from_dlpack(view) for view in views]
+
+    def _alone(self, use: str, array: np.ndarray) -> Any:
+        piece = self._piece(use, max(array.nbytes, 4))
+        self._copy_part(piece, array)
+        view = View(piece.data_ptr(), array.shape, "int32", self.device)
+        self._sent[use] = [view]
+        return self.ffi.from_dlpack(view)
+
+    def _piece(self, use: str, size: int) -> Any:
+        """Memory of at least `size` bytes that a use keeps from step to step."""
+        held = self._pieces.get(use)
+        if held is None or held[0][1] < size:
+            held = self._pieces[use] = [(self.empty((max(size // 2, 1024),), "int32"), 4 * max(size // 2, 1024))]
+        return held[0][0]
+
+    def _copy_part(self, piece: Any, array: np.ndarray) -> None:
+        """The array to the beginning of a piece."""
+        view = View(piece.data_ptr(), (array.size,), "int32", self.device)
+        self._copy(self.ffi.from_dlpack(view), np.ascontiguousarray(array))
+
+    def fetch(self, tensor: Any) -> np.ndarray:
+        """A tensor's numbers; waits for what computes them."""
+        shape, dtype = tuple(int(d) for d in tensor.shape), str(tensor.dtype)
+        array = np.empty(shape, DTYPES[dtype][1])
+        self._to_bytes(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)
+        return array
+
+    def close(self) -> None:
+        self._pieces.clear()
+        self._sent.clear()
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
