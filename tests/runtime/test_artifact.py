@@ -237,10 +237,29 @@ class TestChoosingATarget:
 
     def test_another_host(self, folder):
         manifest = self.manifest(folder, {"host": "plan9-mips"})
-        with pytest.raises(
-            ArtifactError, match=rf"no target for this machine \({HOST}, cpu\).*cpu:generic on plan9-mips"
-        ):
+        with pytest.raises(ArtifactError, match=rf"no target for this machine \({HOST}\).*cpu:generic on plan9-mips"):
             artifact.choose_target(manifest)
+
+    def test_a_gpu_that_runs_it_comes_before_the_cpu(self, folder):
+        manifest = self.manifest(
+            folder,
+            {"target": "cpu:plain"},
+            {"target": "cuda:sm_80", "kind": "cuda"},
+            {"target": "cuda:sm_90", "kind": "cuda"},
+            {"target": "rocm:gfx942", "kind": "rocm"},
+        )
+
+        def chosen(target=None, runs=()):
+            return artifact.choose_target(
+                manifest, target, features=(), obstacle=lambda t: None if t.target in runs else f"{t.target} can't"
+            ).target
+
+        assert chosen() == "cpu:plain"
+        assert chosen(runs={"cuda:sm_80"}) == "cuda:sm_80"
+        assert chosen(runs={"cuda:sm_80", "cuda:sm_90"}) == "cuda:sm_90"
+        assert chosen("cuda", runs={"cuda:sm_80", "rocm:gfx942"}) == "cuda:sm_80"
+        with pytest.raises(ArtifactError, match="no target for this machine: cuda:sm_80 can't; cuda:sm_90 can't; comp"):
+            chosen("cuda")
 
     def test_linux_and_llvm_spell_features_differently(self, folder):
         manifest = self.manifest(folder, {"features": ("avx512bf16", "+sse4.1", "sse4_2")})
