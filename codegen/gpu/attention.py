@@ -1,6 +1,6 @@
 """Attention over a paged cache, ragged: prefill and decode of many sequences in one call.
 
-Two kernels share the sequences of a step. Sequences with one new token go to the one that splits the cache: several
+Two kernels share the sequences of a step. Sequences with few new tokens go to the one that splits the cache: several
 blocks read parts of it, and a merge joins what they found. The others go to the one that cuts rows into tiles. Which is
 which stands in device memory: a block looks, and has nothing to do where a sequence is not its own. Grids depend on the
 numbers of rows and sequences alone.
@@ -17,7 +17,7 @@ from llmc.targets import GpuTarget
 
 from . import attention_lanes as lanes
 from . import attention_tiles as tiles
-from .attention_parts import Asked, Columns, Operands, Tile
+from .attention_parts import Asked, Columns, Finish, Operands, Tile
 from .machine import BYTES, LOG2E, NOTHING, Machine, flat, i32, i64, kernel, loop, when
 from .ragged import sequence_of
 
@@ -83,18 +83,21 @@ def paged_attention(
     return kernel(name, params, body)
 
 
+Cut = lanes.Cut | tiles.Tiling
+
+
 class _Launches:
     """The launches of one call."""
 
     def __init__(self, asked: Asked, o: Operands):
         self.m, self.asked, self.o = Machine(asked.target), asked, o
-        self.few = lanes.Cut.of(asked, decode=True)
-        self.many = tiles.Tiling.of(asked) or lanes.Cut.of(asked, decode=False)
+        self.few: Cut = tiles.Tiling.of(asked, decode=True) or lanes.Cut.of(asked, decode=True)
+        self.many: Cut = tiles.Tiling.of(asked, decode=False) or lanes.Cut.of(asked, decode=False)
 
     def emit(self) -> None:
         asked, o, few = self.asked, self.o, self.few
-        # Where every sequence could have so few rows, the splitting kernel takes them all, also those with more.
-        everything = T.bind(T.Cast("int32", o.n <= o.b * few.rows))
+        # Where every sequence could have one row, the splitting kernel takes them all, also those that have more.
+        everything = T.bind(T.Cast("int32", o.n <= o.b))
         blocks = o.b * (asked.kv_heads * few.parts(asked))
         fill = max(1, asked.target.multiprocessors) * BLOCKS
         splits = T.bind(
@@ -109,7 +112,7 @@ class _Launches:
         with when(everything == 0):
             self.prefill()
 
-    def head(self, cut: lanes.Cut | tiles.Tiling, block: Any) -> tuple[Any, Any]:
+    def head(self, cut: Cut, block: Any) -> tuple[Any, Any]:
         """The key head of a block and which part of its query heads."""
         parts = cut.parts(self.asked)
         return T.bind(T.floordiv(block, T.int32(parts))), T.bind(T.floormod(block, T.int32(parts)))
@@ -125,14 +128,14 @@ class _Launches:
         """A block reads a part of the cache of one sequence, for heads that share a key head."""
         m, asked, o, cut = self.m, self.asked, self.o, self.few
         grid = [o.b, asked.kv_heads * cut.parts(asked), splits]
-        with m.launch(grid, lanes.WARPS * m.warp) as [block, head, split]:
+        with m.launch(grid, cut.warps * m.warp) as [block, head, split]:
             s = T.bind(i64(block))
             first, count = self.rows_of(s, everything)
             kv_head, part = self.head(cut, head)
             with loop(T.floordiv(count + (cut.rows - 1), T.int32(cut.rows))) as i:
                 done = T.bind(i * cut.rows)
                 tile = Tile(m, asked, o, s, T.bind(first + done), m.keep(T.min(count - done, T.int32(cut.rows))))
-                tile.only(m, split, splits, LEAST_TOKENS, cut.at_once(m.warp))
+                tile.only(m, split, splits, LEAST_TOKENS, cut.step(m.warp))
                 # Vectors have their row's place if all rows are here, else one of their sequence's.
                 place = m.keep(T.Select(everything == 1, first + done, block * cut.rows))
 
@@ -154,7 +157,7 @@ class _Launches:
 
                     return store
 
-                lanes.attend(m, asked, cut, o, tile, kv_head, part, found)
+                self.attend(cut, tile, kv_head, part, found)
 
     def merge(self, splits: Any, everything: Any, sums: Any, marks: Any) -> None:
         """A block joins what the splits found for one head of one sequence."""
@@ -191,7 +194,7 @@ class _Launches:
         """
         m, asked, o, cut = self.m, self.asked, self.o, self.many
         numbers = T.bind(T.floordiv(o.n, T.int64(cut.rows)) + o.b)
-        with m.launch([numbers, asked.kv_heads * cut.parts(asked)], lanes.WARPS * m.warp) as [block, head]:
+        with m.launch([numbers, asked.kv_heads * cut.parts(asked)], cut.warps * m.warp) as [block, head]:
 
             def begin(s: Any) -> Any:
                 return T.floordiv(o.qo_indptr[s], T.int32(cut.rows)) + T.Cast("int32", s)
@@ -205,10 +208,14 @@ class _Launches:
                 with when(T.And(rows > 0, o.qo_indptr[s + 1] - o.qo_indptr[s] > self.few.rows)):
                     tile = Tile(m, asked, o, s, row, rows)
                     kv_head, part = self.head(cut, head)
-                    if isinstance(cut, tiles.Tiling):
-                        tiles.attend(m, asked, cut, o, tile, kv_head, part, self.answer)
-                    else:
-                        lanes.attend(m, asked, cut, o, tile, kv_head, part, self.answer)
+                    self.attend(cut, tile, kv_head, part, self.answer)
+
+    def attend(self, cut: Cut, tile: Tile, kv_head: Any, part: Any, finish: Finish) -> None:
+        """One block's work on a tile."""
+        if isinstance(cut, tiles.Tiling):
+            tiles.attend(self.m, self.asked, cut, self.o, tile, kv_head, part, finish)
+        else:
+            lanes.attend(self.m, self.asked, cut, self.o, tile, kv_head, part, finish)
 
     def answer(self, row: Any, head: Any, peak: Any, total: Any) -> Columns:
         """Stores columns of the answer of one query vector. A sink joins its head's softmax as one more score."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from .attention_parts import Asked, Finish, Memory, Operands, Tile
+from .attention_parts import Asked, Finish, Memory, Operands, Parts, Tile
 from .machine import LEAST, NOTHING, Machine, i64, loop, when, whole
 
 __all__ = ["Cut", "attend"]
@@ -64,7 +64,11 @@ class Cut:
         """Blocks that share the query heads of one key head."""
         return -(-asked.group // self.heads)
 
-    def at_once(self, warp: int) -> int:
+    @property
+    def warps(self) -> int:
+        return WARPS
+
+    def step(self, warp: int) -> int:
         """Tokens that a block takes at once."""
         return WARPS * self.tokens * (warp // self.lanes)
 
@@ -256,22 +260,5 @@ class _Attend:
                         else:
                             with when(column < v_dim):
                                 T.buffer_store(sums, value, [to * v_dim + column])
-        m.barrier()
-        with loop(cut.vectors * v_dim - m.thread, step=m.threads) as offset:
-            at = T.bind(offset + m.thread)
-            vector, column = T.bind(T.floordiv(at, T.int32(v_dim))), T.bind(T.floormod(at, T.int32(v_dim)))
-            row, head = T.floordiv(vector, T.int32(cut.heads)), T.floormod(vector, T.int32(cut.heads))
-            top: Any = peaks[vector]
-            for w in range(1, WARPS):
-                top = T.max(top, peaks[w * cut.vectors + vector])
-            top = m.keep(top, "float32")
-            total, value = m.registers(1), m.registers(1)
-            total[0], value[0] = T.float32(0), T.float32(0)
-            for w in range(WARPS):
-                shrink = m.exp2(peaks[w * cut.vectors + vector] - top)
-                total[0] = total[0] + totals[w * cut.vectors + vector] * shrink
-                value[0] = value[0] + sums[(w * cut.vectors + vector) * v_dim + column] * shrink
-            with when(T.And(row < self.tile.rows, head < self.heads_here)):
-                row, head = T.bind(self.tile.row + row), T.bind(self.head0 + head)
-                finish(row, head, top, total[0])(column, [value[0]])
-        m.barrier()
+        parts = Parts(WARPS, cut.vectors, v_dim, peaks, totals, sums)
+        parts.join(m, cut.rows, cut.heads, v_dim, self.tile, self.head0, self.heads_here, finish)

@@ -10,9 +10,9 @@ from tvm.tirx.script import builder as T
 
 from llmc.targets import GpuTarget
 
-from .machine import BYTES, LOG2E, Machine, Registers, flat, i64, widen
+from .machine import BYTES, LOG2E, Machine, Registers, flat, i64, loop, when, widen
 
-__all__ = ["Asked", "Columns", "Finish", "Memory", "Operands", "Tile"]
+__all__ = ["Asked", "Columns", "Finish", "Memory", "Operands", "Parts", "Tile"]
 
 # store(column, values): neighbouring columns of a query vector, the first of them int32, values not yet divided.
 Columns = Callable[[Any, list[Any]], None]
@@ -131,3 +131,42 @@ class Tile:
         size = T.int32(self.asked.page_size)
         number = i64(self.o.kv_indices[i64(self.pages + T.floordiv(position, size))])
         return (number * self.asked.kv_heads + kv_head) * self.asked.page_size + T.floormod(position, size)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the warps of a block found over tokens of their own, in shared memory.
+
+    peaks, totals [warps, vectors]; sums [warps, vectors, width]; written, and no barrier passed yet.
+    """
+
+    warps: int
+    vectors: int
+    width: int
+    peaks: Any
+    totals: Any
+    sums: Any
+
+    def join(self, m: Machine, rows: int, heads: int, v_dim: int, tile: Tile, head0: Any, heads_here: Any,
+             finish: Finish) -> None:  # fmt: skip
+        """The parts become one: every thread finishes some columns. Vector number row * heads + head is a query."""
+        m.barrier()
+        with loop(rows * heads * v_dim - m.thread, step=m.threads) as offset:
+            at = T.bind(offset + m.thread)
+            vector, column = T.bind(T.floordiv(at, T.int32(v_dim))), T.bind(T.floormod(at, T.int32(v_dim)))
+            row, head = T.floordiv(vector, T.int32(heads)), T.floormod(vector, T.int32(heads))
+            with when(T.And(row < tile.rows, head < heads_here)):
+                places = [T.bind(w * self.vectors + vector) for w in range(self.warps)]
+                top: Any = self.peaks[places[0]]
+                for place in places[1:]:
+                    top = T.max(top, self.peaks[place])
+                top = m.keep(top, "float32")
+                total, value = m.registers(1), m.registers(1)
+                total.fill(0)
+                value.fill(0)
+                for place in places:
+                    shrink = m.exp2(self.peaks[place] - top)
+                    total[0] = total[0] + self.totals[place] * shrink
+                    value[0] = value[0] + self.sums[place * self.width + column] * shrink
+                finish(T.bind(tile.row + row), T.bind(head0 + head), top, total[0])(column, [value[0]])
+        m.barrier()

@@ -1,7 +1,8 @@
 """Attention on matrix units: tiles of query vectors against tiles of tokens in shared memory.
 
-A warp has sixteen query vectors, or twice as many, whose weighted sums of values stay in its registers; the block's
-warps read the same tokens. A query vector is one head of one row: the heads that share a key head are rows of one tile.
+A warp has sixteen query vectors, or twice as many, whose weighted sums of values stay in its registers. A query vector
+is one head of one row: the heads that share a key head are rows of one tile. In prefill warps have vectors of their own
+and read the same tokens; in decoding all have the same vectors, and each takes sixteen tokens of a tile.
 
 Keys of the next tile are on their way while values are weighed, values while scores are computed: each has one place in
 shared memory, which is free when the other's barrier is passed.
@@ -15,7 +16,7 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from .attention_parts import Asked, Finish, Operands, Tile
+from .attention_parts import Asked, Finish, Operands, Parts, Tile
 from .attention_units import SIDE, Unit, unit_of
 from .machine import Machine, flat, i64, loop, when
 
@@ -24,6 +25,7 @@ __all__ = ["Tiling", "attend"]
 WARPS = 4
 HIDDEN = -1e30  # a product of a token that is not seen
 NOTHING = -1e25  # a peak before the first product
+FEW_HEADS = 4  # of a key head: fewer need less arithmetic a byte than lanes have
 PIECE = 8  # elements of an access of 16 bytes
 
 
@@ -32,31 +34,41 @@ class Tiling:
     """How the work of a block is cut.
 
     rows × heads: its query vectors, `sides` times sixteen a warp at most; tokens: of a tile.
+    apart: warps share out the tokens, not the vectors.
     """
 
     rows: int
     heads: int
     sides: int
     tokens: int
+    warps: int
+    apart: bool
 
     @staticmethod
-    def of(asked: Asked) -> Tiling | None:
-        """None where the target has no unit for it, or a query vector's sums don't fit in registers."""
+    def of(asked: Asked, *, decode: bool) -> Tiling | None:
+        """None where the target has no unit for it, a vector's sums don't fit in registers, or lanes do it as fast."""
         target = asked.target
         widest = max(asked.head_dim, asked.v_dim)
         if target.matrix_unit != "mma" or asked.dtype not in target.dtypes:
             return None
         if asked.latent or asked.head_dim % PIECE or asked.v_dim % PIECE or widest > 256:
             return None
-        sides = 2 if widest <= 64 else 1
+        if decode and asked.group < FEW_HEADS:
+            return None
         # A third of a multiprocessor's shared memory, so that a block computes while others wait.
-        room = min(target.shared_bytes, target.shared_per_multiprocessor // 3)
+        room = min(target.shared_bytes, target.shared_per_multiprocessor // 3) - 1024
         tokens = 64
         while tokens > SIDE and tokens * (row_stride(asked.head_dim) + row_stride(asked.v_dim)) * 2 > room:
             tokens //= 2
-        vectors = WARPS * sides * SIDE
+        warps = tokens // SIDE if decode else WARPS
+        sides = 2 if widest <= 64 and not decode else 1
+        vectors = SIDE if decode else warps * sides * SIDE
         heads = -(-asked.group // -(-asked.group // vectors))
-        return Tiling(vectors // heads, heads, sides, tokens)
+        return Tiling(vectors // heads, heads, sides, tokens, warps, decode)
+
+    def step(self, warp: int) -> int:
+        """Tokens that a block takes at once."""
+        return self.tokens
 
     def parts(self, asked: Asked) -> int:
         """Blocks that share the query heads of one key head."""
@@ -85,18 +97,16 @@ def attend(m: Machine, asked: Asked, cut: Tiling, o: Operands, tile: Tile, kv_he
 class _Copy:
     """A tile of keys or of values on its way from the pool to shared memory."""
 
-    def __init__(self, attend: _Attend, pool: Any, width: int):
+    def __init__(self, attend: _Attend, pool: Any, width: int, base: int):
         self.attend, self.m, self.width, self.stride = attend, attend.m, width, row_stride(width)
-        self.tokens, self.threads = attend.cut.tokens, WARPS * attend.m.warp
+        self.tokens, self.threads = attend.cut.tokens, attend.cut.warps * attend.m.warp
         self.across = width // PIECE
         self.rounds = -(-self.tokens * self.across // self.threads)
-        self.shared = self.m.shared(self.tokens * self.stride, "uint16")
+        self.shared, self.base = attend.place, base
         self.async_copy = self.m.target.async_copy
         self.pool = flat(pool, "uint16") if self.async_copy else flat(pool, "uint32")
         if not self.async_copy:
-            self.words = T.decl_buffer(
-                (self.tokens * self.stride // 2,), "uint32", data=self.shared.data, scope="shared"
-            )
+            self.words = T.decl_buffer((attend.room // 2,), "uint32", data=self.shared.data, scope="shared")
             self.coming = self.m.registers(self.rounds * 4, "uint32")
         self.clear()
 
@@ -107,7 +117,7 @@ class _Copy:
             with loop(self.tokens * missing - self.m.thread, step=self.threads) as offset:
                 i = T.bind(offset + self.m.thread)
                 row, column = T.floordiv(i, T.int32(missing)), T.floormod(i, T.int32(missing))
-                T.buffer_store(self.shared, T.uint16(0), [row * self.stride + self.width + column])
+                T.buffer_store(self.shared, T.uint16(0), [self.base + row * self.stride + self.width + column])
 
     def pieces(self, emit: Callable[[int, Any, Any], None]) -> None:
         """emit(i, row of the tile, column) for this thread's pieces."""
@@ -129,7 +139,7 @@ class _Copy:
             token = tile.token(self.m, T.bind(T.min(first + row, tile.end - 1)), kv_head)
             at = T.bind(token * self.width + column)
             if self.async_copy:
-                to = self.shared.ptr_to([row * self.stride + column])
+                to = self.shared.ptr_to([self.base + row * self.stride + column])
                 T.evaluate(T.ptx["cp.async.cg.shared.global"](to, self.pool.ptr_to([at]), 16))
             else:
                 self.m.fetch(self.pool, at, "uint16", self.coming, i * 4, PIECE)
@@ -145,7 +155,7 @@ class _Copy:
         else:
             self.pieces(
                 lambda i, row, column: self.m.put(
-                    self.words, row * self.stride + column, "uint16", self.coming, i * 4, PIECE
+                    self.words, self.base + row * self.stride + column, "uint16", self.coming, i * 4, PIECE
                 )
             )
         self.m.barrier()
@@ -161,11 +171,17 @@ class _Attend:
         self.depths, self.columns = sides_of(asked.head_dim), sides_of(asked.v_dim)
         self.head0 = T.bind(kv_head * asked.group + part * cut.heads)
         self.heads_here = T.bind(T.min(T.int32(cut.heads), asked.group - part * cut.heads))
-        self.keys, self.values = _Copy(self, o.k, asked.head_dim), _Copy(self, o.v, asked.v_dim)
+        keys = cut.tokens * row_stride(asked.head_dim)
+        self.room = keys + cut.tokens * row_stride(asked.v_dim)
+        self.place = m.shared(self.room, "uint16")
+        self.keys, self.values = _Copy(self, o.k, asked.head_dim, 0), _Copy(self, o.v, asked.v_dim, keys)
+        # Sixteens of tokens that a warp takes, and the first of them.
+        self.pieces = 1 if cut.apart else cut.tokens // SIDE
+        self.shift = T.bind(m.warp_number * SIDE) if cut.apart else 0
         count = cut.sides * unit.queries
         self.peaks, self.totals = m.registers(count), m.registers(count)
         self.sums = m.registers(cut.sides * self.columns * unit.sums)
-        self.scores = m.registers(cut.sides * cut.tokens // SIDE * unit.sums)
+        self.scores = m.registers(cut.sides * self.pieces * unit.sums)
         self.queries = m.registers(cut.sides * self.depths * unit.words, "uint32")
         self.own = [self.vector(side, i) for side in range(cut.sides) for i in range(unit.queries)]
 
@@ -174,7 +190,8 @@ class _Attend:
 
         Those that are not there are the last row or head again: what they compute is not stored.
         """
-        number = (self.m.warp_number * self.cut.sides + side) * SIDE + self.unit.query(i)
+        first = side * SIDE if self.cut.apart else (self.m.warp_number * self.cut.sides + side) * SIDE
+        number = first + self.unit.query(i)
         row = self.m.keep(T.floordiv(number, T.int32(self.cut.heads)))
         head = self.m.keep(T.floormod(number, T.int32(self.cut.heads)))
         there = T.bind(T.And(row < self.tile.rows, head < self.heads_here))
@@ -184,7 +201,8 @@ class _Attend:
 
     def emit(self, finish: Finish) -> None:
         m, tile, tokens = self.m, self.tile, self.cut.tokens
-        self.keys.start(tile.begin)
+        with when(tile.begin < tile.end):
+            self.keys.start(tile.begin)
         self.load_queries()
         self.sums.fill(0)
         self.peaks.fill(NOTHING)
@@ -225,9 +243,9 @@ class _Attend:
         unit = self.unit
         self.scores.fill(0)
         operand = self.m.registers(unit.words, "uint32")
-        for j in range(self.cut.tokens // SIDE):
+        for j in range(self.pieces):
             for depth in range(self.depths):
-                at = j * SIDE * self.keys.stride + depth * SIDE
+                at = self.keys.base + (j * SIDE + self.shift) * self.keys.stride + depth * SIDE
                 unit.load_keys(self.keys.shared, at, self.keys.stride, operand)
                 for side in range(self.cut.sides):
                     queries = (side * self.depths + depth) * unit.words
@@ -235,14 +253,14 @@ class _Attend:
 
     def score_at(self, side: int, j: int) -> int:
         """Where the sums of a side's queries with the j-th sixteen tokens begin."""
-        return (side * (self.cut.tokens // SIDE) + j) * self.unit.sums
+        return (side * self.pieces + j) * self.unit.sums
 
     def scores_of(self, side: int, i: int) -> list[tuple[int, Any]]:
         """(register, token of the tile) of one of the lane's queries."""
         unit = self.unit
         return [
-            (self.score_at(side, j) + e, unit.place(e) + j * SIDE)
-            for j in range(self.cut.tokens // SIDE)
+            (self.score_at(side, j) + e, unit.place(e) + (j * SIDE + self.shift))
+            for j in range(self.pieces)
             for e in range(unit.sums)
             if unit.query_of(e) == i
         ]
@@ -298,35 +316,62 @@ class _Attend:
         unit, cut = self.unit, self.cut
         operand = self.m.registers(unit.words, "uint32")
         weights = [self.m.registers(unit.words, "uint32") for _ in range(cut.sides)]
-        for j in range(cut.tokens // SIDE):
+        for j in range(self.pieces):
             for side in range(cut.sides):
                 unit.weights(self.scores, self.score_at(side, j), weights[side])
             for c in range(self.columns):
-                at = j * SIDE * self.values.stride + c * SIDE
+                at = self.values.base + (j * SIDE + self.shift) * self.values.stride + c * SIDE
                 unit.load_values(self.values.shared, at, self.values.stride, operand)
                 for side in range(cut.sides):
                     unit.multiply(operand, weights[side], 0, self.sums, (side * self.columns + c) * unit.sums)
 
     def finish(self, finish: Finish) -> None:
-        """Totals over the lanes that share a query; neighbouring columns together."""
-        m, asked, unit = self.m, self.asked, self.unit
-        factor = 1.0 if asked.softcap else asked.query_factor
+        """Totals over the lanes that share a query, then the answers."""
+        m, unit = self.m, self.unit
+        for number in range(len(self.own)):
+            for mask in unit.masks:
+                self.totals[number] = self.totals[number] + m.shuffle_xor(self.totals[number], mask)
+            # From here on peaks are exponents of 2.
+            factor = 1.0 if self.asked.softcap else self.asked.query_factor
+            self.peaks[number] = self.peaks[number] * T.float32(factor)
+        if self.cut.apart:
+            self.join(finish)
+            return
         for number, (row, head, there, _) in enumerate(self.own):
             side, i = divmod(number, unit.queries)
-            total = self.totals[number]
-            for mask in unit.masks:
-                total = m.keep(total + m.shuffle_xor(total, mask), "float32")
-            peak = T.bind(self.peaks[number] * T.float32(factor))
             mine = [e for e in range(unit.sums) if unit.query_of(e) == i]
             with when(there):
-                store = finish(T.bind(self.tile.row + row), head, peak, total)
+                store = finish(T.bind(self.tile.row + row), head, self.peaks[number], self.totals[number])
                 for c in range(self.columns):
                     for k in range(0, len(mine), unit.run):
                         run = mine[k : k + unit.run]
                         column = T.bind(unit.place(run[0]) + c * SIDE)
                         sums = [self.sums[(side * self.columns + c) * unit.sums + e] for e in run]
-                        if (c + 1) * SIDE <= asked.v_dim:
+                        if (c + 1) * SIDE <= self.asked.v_dim:
                             store(column, sums)
                         else:
-                            with when(column < asked.v_dim):
+                            with when(column < self.asked.v_dim):
                                 store(column, sums)
+
+    def join(self, finish: Finish) -> None:
+        """The warps' sums over their tokens become one."""
+        m, unit, cut, width = self.m, self.unit, self.cut, self.columns * SIDE
+        peaks, totals = m.shared(cut.warps * SIDE), m.shared(cut.warps * SIDE)
+        m.barrier()  # all warps have done with the tokens: their place takes the sums
+        needed = cut.warps * SIDE * width
+        if self.room // 2 >= needed:
+            sums = T.decl_buffer((self.room // 2,), "float32", data=self.place.data, scope="shared")
+        else:
+            sums = m.shared(needed)
+        for i in range(unit.queries):
+            vector = T.bind(m.warp_number * SIDE + unit.query(i))
+            with when(T.bitwise_and(m.lane, T.int32(sum(unit.masks))) == 0):  # one of the lanes that share a query
+                T.buffer_store(peaks, self.peaks[i], [vector])
+                T.buffer_store(totals, self.totals[i], [vector])
+            for c in range(self.columns):
+                for e in range(unit.sums):
+                    if unit.query_of(e) == i:
+                        at = vector * width + (unit.place(e) + c * SIDE)
+                        T.buffer_store(sums, self.sums[c * unit.sums + e], [at])
+        parts = Parts(cut.warps, SIDE, width, peaks, totals, sums)
+        parts.join(m, cut.rows, cut.heads, self.asked.v_dim, self.tile, self.head0, self.heads_here, finish)
