@@ -23,7 +23,7 @@ from .ragged import sequence_of
 
 __all__ = ["paged_attention"]
 
-MOST_SPLITS = 64
+SPLITS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # of a sequence's cache, if its blocks alone don't fill the machine
 LEAST_TOKENS = 128  # of a split: fewer are read faster than a second block starts
 BLOCKS = 4  # a multiprocessor's, that keep enough loads under way
 
@@ -98,11 +98,13 @@ class _Launches:
         asked, o, few = self.asked, self.o, self.few
         # Where every sequence could have one row, the splitting kernel takes them all, also those that have more.
         everything = T.bind(T.Cast("int32", o.n <= o.b))
+        # By comparison: common subexpressions move out of the guard against no sequences, a division with them.
         blocks = o.b * (asked.kv_heads * few.parts(asked))
         fill = max(1, asked.target.multiprocessors) * BLOCKS
-        splits = T.bind(
-            T.Cast("int32", T.max(T.min(T.floordiv(T.int64(fill), blocks), T.int64(MOST_SPLITS)), T.int64(1)))
-        )
+        count: Any = T.int32(1)
+        for splits in SPLITS:
+            count = T.Select(blocks * splits <= fill, T.int32(splits), count)
+        splits = T.bind(count)
         found = T.bind(i64(splits) * (o.b * (few.rows * asked.heads)))  # query vectors, split by split
         sums = T.alloc_buffer((found * asked.v_dim,), "float32", scope="global")
         marks = T.alloc_buffer((found * 2,), "float32", scope="global")  # peak and total

@@ -1,0 +1,155 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from tests.codegen.gpu import emission, pages
+
+# (kv length, new tokens). n of 1, 7, 64 and 200; one page, page boundaries, many pages, nothing new, all decoding.
+BATCHES = [
+    [(1, 1)],
+    [(16, 1), (17, 1), (5, 0), (300, 5)],
+    [(64, 64)],
+    [(200, 1), (33, 1), (130, 50), (148, 148), (31, 0)],
+    [(1, 1), (700, 1), (16, 1), (9, 0), (30, 2), (5, 0)],
+]
+# heads, kv_heads, head_dim, v_dim, page_size, options
+CASES = {
+    "grouped": (8, 2, 64, 64, 16, {}),
+    "alone": (3, 3, 32, 32, 16, {}),
+    "one key head": (8, 1, 16, 16, 8, {"softcap": 5.0}),
+    "window": (4, 2, 24, 40, 16, {"window": 20}),
+    "chunk": (4, 4, 8, 8, 16, {"chunk": 48}),
+    "window in chunk": (8, 2, 48, 16, 32, {"window": 9, "chunk": 32, "sinks": True}),
+    "sinks": (6, 2, 80, 96, 16, {"sinks": True, "window": 64}),
+    "odd widths": (2, 1, 7, 5, 16, {}),
+    "wide": (4, 1, 256, 256, 16, {"softcap": 30.0}),
+    "many heads": (40, 2, 16, 24, 16, {}),
+    "latent": (4, 1, 576, 512, 16, {"v_width": 512}),
+    "latent, odd": (3, 1, 21, 19, 16, {"v_width": 19, "softcap": 30.0}),
+}
+# Of the spread. float32: sums of a few hundred products, and exponentials within 2 ulp. The others round the answer
+# once (2**-9 of it in bfloat16, 2**-12 in float16) and, on matrix units, the weights by as much.
+TOLERANCE = {"float32": 3e-6, "float16": 1e-3, "bfloat16": 8e-3}
+EVERYTHING = list(itertools.product(emission.EXECUTED, TOLERANCE, CASES))
+# Every case on the first machine and half of them on each of the others; dtypes in turn.
+COVER = [
+    (kind, dtype, case)
+    for kind, dtype, case in EVERYTHING
+    for k, i in [(emission.EXECUTED.index(kind), list(CASES).index(case))]
+    if list(TOLERANCE).index(dtype) == (i + k) % 3 and (not k or (i + k) % 2)
+]
+
+
+class Case:
+    """Random sequences of one case, and its kernel's answers on the software device."""
+
+    def __init__(self, kind, dtype, case):
+        from llmc.codegen.gpu.attention import paged_attention
+
+        self.heads, self.kv_heads, self.head_dim, self.v_dim, self.page_size, self.options = CASES[case]
+        self.dtype, self.scale, self.target = dtype, 1.5 * self.head_dim**-0.5, emission.target(kind)
+        shape = (self.heads, self.kv_heads, self.head_dim, self.v_dim)
+        self.kernel = paged_attention(self.target, *shape, dtype, self.page_size, False, self.scale, **self.options)
+        self.sinks = pages.normal(9, self.heads) if self.options.get("sinks") else None
+
+    def sequences(self, batch):
+        for s, (length, new) in enumerate(batch):
+            k = pages.normal([s, 1], (length, self.kv_heads, self.head_dim), self.dtype)
+            v = pages.normal([s, 2], (length, self.kv_heads, self.v_dim), self.dtype)
+            q = pages.normal([s, 0], (new, self.heads, self.head_dim), self.dtype, 2)
+            yield q, k, k[..., : self.v_dim] if self.options.get("v_width") else v
+
+    def answers(self, batch):
+        from llmc.codegen.software_device import Unwritten, check_all
+
+        table = pages.tables(batch, self.page_size)
+        queries, keys, values = zip(*self.sequences(batch), strict=True)
+        pools = [pages.paged(x, table, self.page_size) for x in (keys, values)[: 1 if "v_width" in self.options else 2]]
+        q = np.concatenate(queries)
+        out = Unwritten((len(q), self.heads, self.v_dim), self.dtype)
+        arguments = [q, *pools, *([] if self.sinks is None else [self.sinks]), *table.values(), out]
+        found = check_all(self.kernel, self.target, arguments)[-1]
+        return np.split(found.astype(np.float64), table["qo_indptr"][1:-1])
+
+    def error(self, batch, **wrong):
+        """The largest error over the spread."""
+        masks = {k: v for k, v in self.options.items() if k in ("softcap", "window", "chunk")} | wrong
+        worst = 0.0
+        for found, (q, k, v) in zip(self.answers(batch), self.sequences(batch), strict=True):
+            if len(q):
+                truth = pages.attention(q, k, v, self.sinks, self.scale, **masks)
+                worst = max(worst, np.abs(found - truth).max() / np.abs(truth).max())
+        return worst
+
+
+def check(kind, dtype, case):
+    one = Case(kind, dtype, case)
+    for batch in BATCHES:
+        assert one.error(batch) < TOLERANCE[dtype], f"{kind}, {dtype}, {case}, {batch}"
+
+
+@pytest.mark.parametrize(("kind", "dtype", "case"), COVER)
+def test_matches_float64(kind, dtype, case):
+    check(kind, dtype, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "dtype", "case"), [c for c in EVERYTHING if c not in COVER])
+def test_matches_float64_everywhere(kind, dtype, case):
+    check(kind, dtype, case)
+
+
+@pytest.mark.parametrize("kind", emission.EXECUTED)
+def test_a_dropped_option_is_seen(kind):
+    case = Case(kind, "float16", "window in chunk")
+    assert min(case.error([(130, 50), (90, 1)], **wrong) for wrong in ({"window": 10}, {"chunk": 0})) > 1e-2
+
+
+@pytest.mark.parametrize("kind", emission.EXECUTED)
+def test_nothing_to_do(kind):
+    """No rows, or no sequences: nothing is launched."""
+    case = Case(kind, "float32", "alone")
+    case_pages = np.zeros((1, 3, 16, 32), np.float32)
+    none, zero = np.zeros(0, np.int32), np.zeros(1, np.int32)
+    for rows in (0, 2):
+        from llmc.codegen.software_device import run
+
+        q = np.zeros((rows, 3, 32), np.float32)
+        run(case.kernel, case.target, [q, case_pages, case_pages, zero, zero, none, none, q])
+
+
+def reference(options):
+    """The largest difference of the reference loops of llmc.ir from `pages.attention`."""
+    import tvm
+
+    from llmc.ir.paging import paged_attention
+
+    function = paged_attention(4, 2, 24, 16, "float32", 8, False, 0.3, **options).with_attr("global_symbol", "f")
+    call = tvm.compile(tvm.IRModule({"f": function}), tvm.target.Target("llvm"))["f"]
+    batch = [(40, 7), (5, 0), (17, 1), (30, 30)]
+    table = pages.tables(batch, 8)
+    rows = [(new, length) for length, new in batch]
+    q = [pages.normal([s, 0], (new, 4, 24), scale=2) for s, (new, _) in enumerate(rows)]
+    k = [pages.normal([s, 1], (length, 2, 24)) for s, (_, length) in enumerate(rows)]
+    v = [pages.normal([s, 2], (length, 2, 16)) for s, (_, length) in enumerate(rows)]
+    sinks = pages.normal(9, 4) if options.get("sinks") else None
+    out = np.zeros((38, 4, 16), np.float32)
+    arguments = [np.concatenate(q), pages.paged(k, table, 8), pages.paged(v, table, 8)]
+    tensors = [tvm.runtime.tensor(a) for a in (*arguments, *([] if sinks is None else [sinks]), *table.values(), out)]
+    call(*tensors)
+    masks = {name: value for name, value in options.items() if name != "sinks"}
+    truth = [pages.attention(*x, sinks, 0.3, **masks) for x in zip(q, k, v, strict=True) if len(x[0])]
+    return np.abs(tensors[-1].numpy() - np.concatenate(truth)).max()
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 9, "chunk": 16, "softcap": 5.0, "sinks": True}])
+def test_what_is_compared_with_is_what_the_ir_says(isolated, options):
+    assert isolated(reference, options) < 1e-5
+
+
+def test_keys_with_tokens_last_are_refused():
+    from llmc.codegen.gpu.attention import paged_attention
+
+    with pytest.raises(ValueError, match=r"expected keys with tokens before columns.*found keys_token_last=True"):
+        paged_attention(emission.target("cuda"), 2, 1, 8, 8, "float32", 16, True, 1.0)
