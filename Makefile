@@ -4,12 +4,14 @@ BIN := $(VENV)/bin
 
 .PHONY: environment demo test test-all types lint
 
+# The runtime of AMD's cards is built here where there is g++ (Debian: apt install g++); without, its tests are skipped.
 environment: $(VENV)/.stamp
 
 $(VENV)/.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -e '.[compile,dev]'
+	$(BIN)/python -m llmc.runtime.hip.build --optional
 	touch $@
 
 demo: environment
