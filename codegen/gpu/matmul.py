@@ -11,8 +11,9 @@ from tvm.tirx.script import builder as T
 from llmc.targets.gpu import GpuTarget
 
 from ..epilogue import Epilogue
-from . import gemv, simt
-from .machine import Machine, choose, kernel, when
+from . import gemm, gemv, simt
+from .machine import Machine, choose, i64, kernel, when
+from .matrix_units import matrix_unit
 from .product import Operands, Product, RowMap
 
 FEW = (1, 4, 8)  # rows for which there is a matrix-vector kernel
@@ -56,13 +57,37 @@ def matmul(
 
             return emit
 
-        def many() -> None:
-            tiles = T.floordiv(n + (simt.SIDE - 1), T.int64(simt.SIDE))
-            with machine.launch([tiles, simt.column_map(product).tiles], simt.THREADS) as (row_tile, column_tile):
-                first = T.bind(T.Cast("int64", row_tile) * simt.SIDE)
-                simt.tile(operands, RowMap(T.bind(n - first), lambda r: first + r), column_tile)
+        def tiled(height: int, threads: int, tiles: int, emit: Callable[[RowMap, Any], None]) -> Callable[[], None]:
+            def launch() -> None:
+                grid = [T.floordiv(n + (height - 1), T.int64(height)), tiles]
+                with machine.launch(grid, threads) as (row_tile, column_tile):
+                    first = T.bind(i64(row_tile) * height)
+                    emit(RowMap(T.bind(n - first), lambda r: first + r), column_tile)
 
+            return launch
+
+        def on_unit(tiling: gemm.Tiling) -> Callable[[], None]:
+            def emit(rows: RowMap, column_tile: Any) -> None:
+                gemm.tile(operands, matrix_unit(machine, product), rows, tiling, column_tile)
+
+            tiles = tiling.column_map(product, unit).tiles
+            return tiled(tiling.rows, tiling.warps * target.warp, tiles, emit)
+
+        cases = [(n <= batch, few(batch)) for batch in FEW]
+        unit = matrix_unit(machine, product)
+        if unit is None:
+            many = tiled(simt.SIDE, simt.THREADS, simt.column_map(product).tiles,
+                         lambda rows, column_tile: simt.tile(operands, rows, column_tile))  # fmt: skip
+        else:
+            short, middle, large = gemm.tilings(target)
+            cases.append((n <= 2 * short.rows, on_unit(short)))
+            # Blocks of the large tiling read less, where there are enough of them for the whole machine.
+            blocks = T.floordiv(n + (large.rows - 1), T.int64(large.rows)) * large.column_map(product, unit).tiles
+            cases.append((blocks < target.multiprocessors, on_unit(middle)))
+            many = on_unit(large)
+        if batch_invariant:
+            cases = cases[len(FEW) + 1 :]
         with when(n > 0):
-            choose([] if batch_invariant else [(n <= batch, few(batch)) for batch in FEW], many)
+            choose(cases, many)
 
     return kernel(name, product.params(), body)
