@@ -1,0 +1,39 @@
+"""Products whose weight an index picks, on the software device, strictly, against float64."""
+
+import pytest
+
+from llmc import targets
+from llmc.codegen.epilogue import Epilogue
+from llmc.codegen.gpu.experts import expert_linear
+from llmc.codegen.software_device import check_all
+from tests.codegen.gpu.products import DTYPES, PAIRS, ROWS, Case
+from tests.codegen.gpu.test_matmul import EXECUTED
+
+
+def check(name, case, rows=ROWS):
+    (target,) = targets.parse(name)
+    kernel = expert_linear(target, case.experts, case.columns, case.depth, ids=case.ids, **case.options())
+    for n in rows:
+        miss = case.largest_miss(check_all(kernel, target, case.arguments(n), timeout=500)[-1])
+        assert miss <= 1, f"{n} rows: {miss:.2f} times as far from the product as it may be"
+
+
+QUICK = [
+    Case(72, 136, "bfloat16", "bfloat16", experts=5, epilogue=Epilogue(bias="float32", gate="silu")),
+    Case(34, 7, "float32", "float32", experts=3, ids="int64", epilogue=Epilogue(residual="float32")),
+]
+
+
+@pytest.mark.parametrize("name", EXECUTED)
+@pytest.mark.parametrize("case", QUICK, ids=lambda c: f"{c.columns}x{c.depth}-{c.weight}-{c.activation}")
+def test_expert_products(name, case):
+    check(name, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXECUTED)
+@pytest.mark.parametrize(("weight", "activation"), PAIRS)
+@pytest.mark.parametrize("shape", [(64, 64), (200, 136), (34, 7)], ids=str)
+def test_all_expert_products(name, weight, activation, shape):
+    out = DTYPES[(PAIRS.index((weight, activation)) + shape[0]) % 3]
+    check(name, Case(*shape, weight, activation, out, experts=4, epilogue=Epilogue(bias=weight)))

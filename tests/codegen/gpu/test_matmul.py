@@ -1,0 +1,80 @@
+"""Matrix products on the software device, strictly, against float64."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from llmc import targets
+from llmc.codegen.epilogue import Epilogue
+from llmc.codegen.gpu.matmul import matmul
+from llmc.codegen.software_device import check_all
+from tests.codegen.gpu.products import DTYPES, PAIRS, ROWS, Case
+
+EXECUTED = ("cuda:sm_90",)
+
+# Small, of tiles' sizes and their multiples; ragged in columns, in depth, in both.
+SHAPES = [(64, 64), (200, 136), (33, 7), (1, 1), (72, 300), (264, 1032)]
+EPILOGUES = [
+    Epilogue(),
+    Epilogue(bias="float32"),
+    Epilogue(bias="bfloat16", residual="float32"),
+    Epilogue(gate="silu"),
+    Epilogue(gate="gelu_tanh", bias="float16", residual="bfloat16"),
+]
+
+
+def check(name, case, rows=ROWS, large=False, **options):
+    """large: as on a machine so small that the largest tiles fill it."""
+    (target,) = targets.parse(name)
+    if large:
+        target = replace(target, multiprocessors=1)
+    kernel = matmul(target, case.columns, case.depth, **case.options(), **options)
+    for n in rows:
+        miss = case.largest_miss(check_all(kernel, target, case.arguments(n), timeout=500)[-1])
+        assert miss <= 1, f"{n} rows: {miss:.2f} times as far from the product as it may be"
+
+
+QUICK = [
+    # Matrix units, with every size of tile; then without.
+    Case(200, 136, "bfloat16", "bfloat16", epilogue=Epilogue(bias="float32", residual="bfloat16")),
+    Case(130, 72, "float16", "float16", out="float32", epilogue=Epilogue(gate="silu")),
+    Case(66, 37, "float32", "float32", epilogue=Epilogue(gate="gelu_tanh", bias="float16")),
+    Case(33, 7, "bfloat16", "bfloat16"),
+]
+
+
+@pytest.mark.parametrize("name", EXECUTED)
+@pytest.mark.parametrize("case", QUICK, ids=lambda c: f"{c.columns}x{c.depth}-{c.weight}-{c.activation}")
+def test_products(name, case):
+    check(name, case)
+
+
+@pytest.mark.parametrize("name", EXECUTED)
+def test_largest_tiles(name):
+    check(name, Case(264, 72, "bfloat16", "bfloat16", epilogue=Epilogue(gate="silu")), (129,), large=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXECUTED)
+@pytest.mark.parametrize(("pair", "out"), list(itertools.product(PAIRS, DTYPES)), ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_all_products(name, pair, out, shape):
+    """Epilogues go round: each meets every shape and every pair of dtypes."""
+    epilogue = EPILOGUES[(SHAPES.index(shape) + PAIRS.index(pair) + DTYPES.index(out)) % len(EPILOGUES)]
+    if epilogue.gate and shape[0] % 2:
+        epilogue = replace(epilogue, gate=None)
+    check(name, Case(*shape, *pair, out, epilogue), large=shape[0] > 100)
+
+
+@pytest.mark.parametrize("name", EXECUTED)
+def test_batch_invariant_rows_are_the_same_bits_whatever_the_batch(name):
+    (target,) = targets.parse(name)
+    target = replace(target, multiprocessors=2)  # both sizes of tile within 200 rows
+    case = Case(72, 136, "bfloat16", "bfloat16", out="float32")
+    kernel = matmul(target, case.columns, case.depth, **case.options(), batch_invariant=True)
+    x, w, y = case.arguments(200)
+    whole = check_all(kernel, target, [x, w, y])[-1]
+    for n in (1, 9, 130):
+        part = check_all(kernel, target, [x[:n], w, replace(y, shape=(n, 72))])[-1]
+        assert part.tobytes() == whole[:n].tobytes()
