@@ -66,7 +66,7 @@ class MatrixUnit(Protocol):
         """Add the products of two operands to a fragment's sums."""
 
     def results(self, sums: Any, fragments: Sequence[int]) -> Iterator[Place]:
-        """Where a lane's sums of these fragments, which have the same rows, stand; all threads of a block ask at once."""
+        """Where a lane's sums of fragments with the same rows stand; all threads of a block ask at once."""
 
 
 def matrix_unit(machine: Machine, product: Product) -> MatrixUnit | None:

@@ -15,7 +15,6 @@ def test_rows_are_whole_units_of_16_bytes(depth, dtype, elements):
 
 def test_pack_pads_rows_with_zeros_and_leaves_whole_ones_alone():
     import numpy as np
-    import tvm
     from tvm import relax
 
     from llmc.codegen.gpu.pack import pack
