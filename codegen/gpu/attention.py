@@ -18,13 +18,13 @@ from llmc.targets import GpuTarget
 from . import attention_lanes as lanes
 from . import attention_tiles as tiles
 from .attention_parts import Asked, Columns, Finish, Operands, Tile
-from .machine import BYTES, LOG2E, NOTHING, Machine, flat, i32, i64, kernel, loop, when
+from .machine import BYTES, LOG2E, Machine, flat, i32, i64, kernel, loop, when
 from .ragged import sequence_of
 
 __all__ = ["paged_attention"]
 
 SPLITS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # of a sequence's cache, if its blocks alone don't fill the machine
-LEAST_TOKENS = 128  # of a split: fewer are read faster than a second block starts
+LEAST_TOKENS = 64  # of a split: one tile, or two rounds of lanes
 BLOCKS = 4  # a multiprocessor's, that keep enough loads under way
 
 
@@ -137,7 +137,7 @@ class _Launches:
             with loop(T.floordiv(count + (cut.rows - 1), T.int32(cut.rows))) as i:
                 done = T.bind(i * cut.rows)
                 tile = Tile(m, asked, o, s, T.bind(first + done), m.keep(T.min(count - done, T.int32(cut.rows))))
-                tile.only(m, split, splits, LEAST_TOKENS, cut.step(m.warp))
+                tile.only(m, split, tile.share(m, splits, LEAST_TOKENS, cut.step(m.warp)))
                 # Vectors have their row's place if all rows are here, else one of their sequence's.
                 place = m.keep(T.Select(everything == 1, first + done, block * cut.rows))
 
@@ -159,7 +159,8 @@ class _Launches:
 
                     return store
 
-                self.attend(cut, tile, kv_head, part, found)
+                with when(tile.begin < tile.end):
+                    self.attend(cut, tile, kv_head, part, found)
 
     def merge(self, splits: Any, everything: Any, sums: Any, marks: Any) -> None:
         """A block joins what the splits found for one head of one sequence."""
@@ -167,26 +168,36 @@ class _Launches:
         with m.launch([o.b, asked.heads], -(-min(asked.v_dim, 256) // m.warp) * m.warp) as [block, head]:
             s = T.bind(i64(block))
             first, count = self.rows_of(s, everything)
+            peaks, totals = m.shared(max(SPLITS)), m.shared(max(SPLITS))
             with loop(count) as i:
+                done = T.bind(T.floordiv(i, T.int32(cut.rows)) * cut.rows)
+                tile = Tile(m, asked, o, s, T.bind(first + done), m.keep(T.min(count - done, T.int32(cut.rows))))
+                each = tile.share(m, splits, LEAST_TOKENS, cut.step(m.warp))
+                used = m.keep(T.floordiv(tile.end - tile.begin + (each - 1), each))  # the others had no tokens
                 place = m.keep(T.Select(everything == 1, first, block * cut.rows) + i)
 
                 def at(split: Any, place: Any = place) -> Any:
                     return T.bind((i64(split) * (o.b * cut.rows) + place) * asked.heads + head)
 
+                with loop(used - m.thread, step=m.threads) as offset:
+                    found = at(offset + m.thread)
+                    T.buffer_store(peaks, marks[found * 2], [offset + m.thread])
+                    T.buffer_store(totals, marks[found * 2 + 1], [offset + m.thread])
+                m.barrier()
                 peak, total, value = m.registers(1), m.registers(1), m.registers(1)
-                peak[0] = T.float32(NOTHING)
-                with loop(splits) as split:
-                    peak[0] = T.max(peak[0], marks[at(split) * 2])
+                peak[0] = peaks[0]
+                with loop(used) as split:
+                    peak[0] = T.max(peak[0], peaks[split])
                 with loop(asked.v_dim - m.thread, step=m.threads) as offset:
                     column = T.bind(offset + m.thread)
-                    total[0], value[0] = T.float32(0), T.float32(0)
-                    with loop(splits) as split:
-                        found = at(split)
-                        with when(marks[found * 2 + 1] > 0):
-                            shrink = m.exp2(marks[found * 2] - peak[0])
-                            total[0] = total[0] + marks[found * 2 + 1] * shrink
-                            value[0] = value[0] + sums[found * asked.v_dim + column] * shrink
+                    total.fill(0)
+                    value.fill(0)
+                    with loop(used) as split:
+                        shrink = m.exp2(peaks[split] - peak[0])
+                        total[0] = total[0] + totals[split] * shrink
+                        value[0] = value[0] + sums[at(split) * asked.v_dim + column] * shrink
                     self.answer(T.bind(first + i), head, peak[0], total[0])(column, [value[0]])
+                m.barrier()
 
     def prefill(self) -> None:
         """A block computes a tile of rows of one sequence, for heads that share a key head.

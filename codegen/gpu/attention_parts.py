@@ -118,10 +118,13 @@ class Tile:
         self.begin = m.keep(asked.first_seen(self.position))
         self.end = m.keep(self.position + rows)
 
-    def only(self, m: Machine, part: Any, parts: Any, least: int, multiple: int) -> None:
-        """Keep one of so many equal parts of the positions, each of at least so many and a multiple of so many."""
+    def share(self, m: Machine, parts: Any, least: int, multiple: int) -> Any:
+        """How many positions each of so many parts has: at least so many, and a multiple of so many."""
         each = T.max(T.floordiv(self.end - self.begin + (parts - 1), parts), T.int32(least))
-        each = T.bind(T.floordiv(each + (multiple - 1), T.int32(multiple)) * multiple)
+        return m.keep(T.floordiv(each + (multiple - 1), T.int32(multiple)) * multiple)
+
+    def only(self, m: Machine, part: Any, each: Any) -> None:
+        """Keep the positions of one part; there may be none."""
         begin = m.keep(self.begin + part * each)
         self.end = m.keep(T.min(begin + each, self.end))
         self.begin = begin

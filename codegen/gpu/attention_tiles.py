@@ -201,8 +201,7 @@ class _Attend:
 
     def emit(self, finish: Finish) -> None:
         m, tile, tokens = self.m, self.tile, self.cut.tokens
-        with when(tile.begin < tile.end):
-            self.keys.start(tile.begin)
+        self.keys.start(tile.begin)
         self.load_queries()
         self.sums.fill(0)
         self.peaks.fill(NOTHING)
