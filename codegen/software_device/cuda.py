@@ -10,11 +10,13 @@ from llmc.ir.errors import CompileError
 
 from .build import NATIVE
 from .entry import ENTRY_POINT, Kernel, entry_point
+from .shared import number_declarations
 
 __all__ = ["INCLUDE", "translate"]
 
 INCLUDE = [NATIVE / "cuda"]
 
+_HEADER = re.compile(r"__global__ void [^;{]*\{")
 _STATIC_SHARED = re.compile(r"__shared__ (?:alignas|__align__)\((\d+)\) ([\w ]+?) (\w+)\[(\d+)\];")
 _DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:(?:alignas|__align__)\(\d+\) )?([\w ]+?) (\w+)\[\];")
 _TEXT = r'"(?:[^"\\]|\\.)*"'
@@ -26,15 +28,14 @@ _OPERAND = re.compile(r'"[=+]?&?[a-z]"\s*\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*
 
 def translate(text: str, kernels: Sequence[Kernel], *, strict: bool) -> dict[str, str]:
     """Sources of a library, by file name. Raises CompileError where the device does not know an instruction."""
-    shared = iter(range(1 << 30))
 
-    def static(found: re.Match) -> str:
+    def static(found: re.Match, number: int) -> str:
         align, dtype, name, count = found.groups()
-        memory = f'device_shared({next(shared)}, sizeof({dtype}[{count}]), {align}, "{name}")'
+        memory = f'device_shared({number}, sizeof({dtype}[{count}]), {align}, "{name}")'
         return f"{dtype} *const {name} = reinterpret_cast<{dtype} *>({memory});"
 
     text = _DYNAMIC_SHARED.sub(r"\1 *const \2 = reinterpret_cast<\1 *>(device_dynamic_shared());", text)
-    text = _STATIC_SHARED.sub(static, text)
+    text = number_declarations(_STATIC_SHARED, _HEADER, text, static)
     if "__shared__" in text:
         raise CompileError(
             f"the software device does not understand this declaration: {_line_with('__shared__', text)}",

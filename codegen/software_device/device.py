@@ -11,7 +11,7 @@ import tvm_ffi
 
 from llmc.ir.errors import CompileError
 
-from . import cuda
+from . import cuda, metal
 from .build import kernel_library, machine_library
 from .entry import Kernel, Parameter
 from .faults import DeviceFault, Fault, Source, describe
@@ -19,7 +19,7 @@ from .lines import line_of
 
 __all__ = ["configure", "emitted", "install", "last_fault", "load_kernels"]
 
-_LANGUAGES = {"cuda": cuda}
+_LANGUAGES = {"cuda": cuda, "metal": metal}
 _sources: dict[str, Source] = {}
 _last: list[DeviceFault] = []
 _emitted: list[str] = []

@@ -73,6 +73,7 @@ def run_text(
     blocks: Sequence[int],
     threads: Sequence[int],
     dynamic_shared: int = 0,
+    offsets: Sequence[int] = (),
     order: str = "forward",
     copies: str = "late",
     timeout: float = 120,
@@ -80,10 +81,10 @@ def run_text(
     """`run`, strictly, for one kernel that is device text already, as the emitters of the target's kind write it.
 
     args: arrays and `Unwritten` for its pointers, numbers for the rest, in the order of its parameters. blocks,
-    threads: of the launch, along x, y, z.
+    threads: of the launch, along x, y, z. offsets: bytes into its buffer at which each pointer begins, 0 by default.
     """
     sizes = {"blockIdx": tuple(blocks), "threadIdx": tuple(threads)}
-    request = {"text": text, "sizes": sizes, "dynamic_shared": dynamic_shared}
+    request = {"text": text, "sizes": sizes, "dynamic_shared": dynamic_shared, "offsets": list(offsets)}
     return _request(request, name, target, args, True, [(order, copies)], timeout)
 
 

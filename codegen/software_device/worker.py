@@ -88,8 +88,11 @@ class Worker:
         module = tvm_ffi.load_module(str(device.load_kernels(target["kind"], text, [kernel], strict=request["strict"])))
 
         def call(*placed: Any) -> None:
-            pointers = [ctypes.c_void_p(p.data_ptr()) if hasattr(p, "data_ptr") else p for p in placed]
-            module[name](*pointers, *sizes.values())
+            offsets = [*request["offsets"], *(0 for _ in placed)]
+            module[name](*(pointer(p, offset) for p, offset in zip(placed, offsets, strict=False)), *sizes.values())
+
+        def pointer(arg: Any, offset: int) -> Any:
+            return ctypes.c_void_p(arg.data_ptr() + offset) if hasattr(arg, "data_ptr") else arg
 
         return call, text
 

@@ -8,6 +8,10 @@
 // What a lane knows of itself never changes while it runs.
 #define DEVICE_CONSTANT __attribute__((const))
 
+// Inlined and without lines of its own: a fault names the kernel's line.
+#define DEVICE_FUNCTION __attribute__((always_inline, nodebug))
+#define DEVICE_INLINE static inline DEVICE_FUNCTION
+
 // Memory that a barrier orders.
 enum { SPACE_SHARED = 1, SPACE_GLOBAL = 2 };
 

@@ -67,6 +67,10 @@ struct LoadMatrices {
   uint32_t words[4];
 };
 
+struct SimdgroupOperands {
+  float a[2], b[2], c[2];
+};
+
 struct Ballot {
   bool vote;
   uint64_t result;
@@ -284,7 +288,12 @@ void device_wmma11_f16(void *o) { together(wmma_gfx11<_Float16>, o, 0, HERE); }
 void device_wmma11_bf16(void *o) { together(wmma_gfx11<Bits16>, o, 0, HERE); }
 void device_wmma12_f16(void *o) { together(wmma_gfx12<_Float16>, o, 0, HERE); }
 void device_wmma12_bf16(void *o) { together(wmma_gfx12<Bits16>, o, 0, HERE); }
-void device_multiply_8x8(SimdgroupOperands *o) { together(multiply_8x8, o, 0, HERE); }
+
+TwoFloats device_multiply_8x8(float a0, float a1, float b0, float b1, float c0, float c1) {
+  SimdgroupOperands o{{a0, a1}, {b0, b1}, {c0, c1}};
+  together(multiply_8x8, &o, 0, HERE);
+  return {o.c[0], o.c[1]};
+}
 
 void device_copy_async(void *to, const void *from, unsigned bytes, unsigned take) {
   Lane *lane = machine.current;

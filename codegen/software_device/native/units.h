@@ -10,6 +10,9 @@ struct Bits16 {  // a bfloat16
 struct FourFloats {
   float x, y, z, w;
 };
+struct TwoFloats {
+  float x, y;
+};
 struct FourWords {
   uint32_t x, y, z, w;
 };
@@ -18,10 +21,6 @@ template <class T, int N, int M>
 struct MatrixOperands {
   T a[N], b[N];
   float c[M];
-};
-
-struct SimdgroupOperands {
-  float a[2], b[2], c[2];
 };
 
 extern "C" {
@@ -37,5 +36,5 @@ void device_wmma11_f16(void *) DEVICE_CONVERGENT;
 void device_wmma11_bf16(void *) DEVICE_CONVERGENT;
 void device_wmma12_f16(void *) DEVICE_CONVERGENT;
 void device_wmma12_bf16(void *) DEVICE_CONVERGENT;
-void device_multiply_8x8(SimdgroupOperands *) DEVICE_CONVERGENT;
+TwoFloats device_multiply_8x8(float a0, float a1, float b0, float b1, float c0, float c1) DEVICE_CONVERGENT;
 }

@@ -2,11 +2,9 @@
 #pragma once
 #include <stdint.h>
 
-#include "math.h"
+#include "functions.h"
 #include "machine.h"
 
-// Inlined and without lines of their own: a fault names the kernel's line.
-#define DEVICE_FUNCTION __attribute__((always_inline, nodebug))
 #define __device__ DEVICE_FUNCTION
 #define __host__
 #define __global__
@@ -17,7 +15,6 @@
 #define __restrict__  // lanes meet in memory: nothing is one lane's alone
 #define __CUDACC_VER_MAJOR__ 13
 #define __CUDACC_VER_MINOR__ 0
-#define DEVICE_INLINE static inline DEVICE_FUNCTION
 
 #define threadIdx (DeviceIndex<device_thread>{})
 #define blockIdx (DeviceIndex<device_block>{})

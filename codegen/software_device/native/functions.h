@@ -1,4 +1,4 @@
-// Functions of the C library that kernels call, by the names that CUDA gives them.
+// Functions of the C library that kernels call.
 #pragma once
 extern "C" {
 #define ONE(NAME) float NAME##f(float) __attribute__((const)); double NAME(double) __attribute__((const));
