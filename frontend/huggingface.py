@@ -5,6 +5,7 @@ Remote code is never run and no pickle is ever loaded.
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -108,6 +109,18 @@ def load(
     status = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
     origin = [(name, found.st_size, found.st_mtime_ns) for name, found in status.items()]
     return Imported(module, {name: tensors[name] for name in used}, facts, files, origin)
+
+
+def stored_dtype(source: str | os.PathLike, *, weights: str = "load") -> str:
+    """The dtype of most of a checkpoint's numbers ("bfloat16"); of random weights what config.json says, or float32."""
+    folder, file = locate(source)
+    if weights == "random":
+        stored_in = getattr(read_config(folder).get_text_config(decoder=True), "dtype", None)
+        return dtype_name(stored_in) if stored_in else "float32"
+    sizes: dict[str, int] = {}
+    for tensor in checkpoints.open_checkpoint(folder, file).values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
+    return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 def locate(source: str | os.PathLike) -> tuple[Path, Path | None]:

@@ -7,14 +7,14 @@ import errno
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import llmc
 from llmc.ir.errors import CompileError, SourceError
+from llmc.libraries import Program, build_libraries, dtype_notes, share_recipes
 from llmc.progress import Progress, reporting
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -49,12 +49,16 @@ def compile(
 
     source      a Hugging Face folder, a .safetensors file in one (or its index), or a hub id such as "Qwen/Qwen3-0.6B";
                 with weights="random" config.json alone will do
-    target      "cpu" is this machine's own; "cpu:x86-64-v3" by name; several joined by commas or as a list
+    target      "cpu" is this machine's own; "cpu:x86-64-v3" by name; "cuda", "rocm" (each its usual architectures),
+                "metal", "cuda:sm_90", "cuda:native" (this machine's card); several joined by commas or as a list
+    host        the system that will load the code for a GPU: linux-x86_64, linux-aarch64 or macos-arm64; default: this
+                machine; metal implies macos-arm64
     output      folder to write; default: NAME.llmc in the working directory. Work in progress stands beside it in
                 NAME.llmc.partial, is resumed if its inputs agree, and becomes the artifact by one rename at the end
     overwrite   replace an existing artifact; without it an existing one is refused
     max_context longest sequence to serve, in tokens; default: the model's own limit
-    dtype       compute dtype of activations: float32 (default on cpu), bfloat16, float16
+    dtype       compute dtype of activations: float32, bfloat16, float16. Default: float32 on a CPU; on a GPU the
+                checkpoint's own where the target multiplies it, else float16
     weights     "load", or "random": seeded, made at load, never stored (benchmarks without a checkpoint)
     verify      evaluate the program after every pass against the imported one
     dump        write a diff of every pass into this folder
@@ -92,32 +96,23 @@ class Request:
     weights: str = "load"
 
 
-@dataclass
-class Program:
-    """One target's program in the kernels form, and what the manifest says of it."""
-
-    target: Any
-    lowered: Any
-    state: list[dict]
-    stages: list[dict] = field(default_factory=list)
-    verifier: Any = None
-
-
 def _build(request: Request, output: Path, report: Progress) -> Path:
     """Door, passes, kernels, library, weights, manifest, rename."""
     from llmc.runtime import artifact
 
     report("reading the model", 0.0)
-    imported = open_door(request)
+    dtypes = compute_dtypes(request)
+    doors = {dtype: open_door(replace(request, dtype=dtype)) for dtype in dict.fromkeys(dtypes)}
+    imported = doors[dtypes[0]]
     report("reading the model", 1.0)
     work = Work.open(output, request, imported)
-    programs = [lower(imported, target, request, report) for target in request.targets]
-    entries = [_library(work, program, report) for program in programs]
-    recipes = _recipes(programs, imported.weights)
+    programs = [lower(doors[d], target, request, report) for d, target in zip(dtypes, request.targets, strict=True)]
+    recipes = _recipes(share_recipes(programs), doors)
+    entries = build_libraries(work, programs, report)
     weights = (_random_weights if request.weights == "random" else _weights)(work, recipes, report)
     manifest = artifact.Manifest(
         name=model_name(request.source),
-        model=imported.facts,
+        model=imported.facts | {"notes": [*imported.facts["notes"], *dtype_notes(programs, imported.facts)]},
         targets=tuple(entries),
         weights=artifact.WeightsEntry(**weights),
         llmc=llmc.__version__,
@@ -143,17 +138,29 @@ def model_name(source: str | Path) -> str:
 
 def _targets(target: str | list[str], host: str | None) -> tuple[Any, ...]:
     from llmc import targets
+    from llmc.targets import toolchains
 
     try:
         found = tuple(targets.parse(target, host))
     except ValueError as error:
         raise CompileError(str(error)) from None
-    for each in found:
-        if each.kind != "cpu":
+    for kind in dict.fromkeys(each.kind for each in found):
+        for toolchain in toolchains.missing(kind):
             raise CompileError(
-                f"target {each.name!r} can't be compiled for yet: the kernels of this version are for cpu only"
+                f"compiling for {kind} needs {toolchain.name}; not found: {', '.join(toolchain.missing())}: "
+                f"{toolchain.advice}"
             )
     return found
+
+
+def compute_dtypes(request: Request) -> list[str]:
+    """The dtype of activations for every target."""
+    from llmc.frontend import huggingface
+    from llmc.libraries import compute_dtype
+
+    gpus = any(target.kind != "cpu" for target in request.targets) and request.dtype is None
+    stored = huggingface.stored_dtype(request.source, weights=request.weights) if gpus else "float32"
+    return [compute_dtype(target, request.dtype, stored) for target in request.targets]
 
 
 def open_door(request: Request):
@@ -197,53 +204,12 @@ def lower(imported, target, request: Request, report: Progress) -> Program:
     lowered = codegen.lowered(result.module)
     if debug_level() >= 4:
         log(text(lowered.module))
-    return Program(target, lowered, state, list(result.stages), verifier)
+    return Program(target, goal.dtype, lowered, state, list(result.stages), verifier)
 
 
 def _until(stage, hook):
     """The hook, for the passes before a stage: kernels are verified in the artifact, as they will run."""
     return lambda index, current, before, after: current in stage.passes or hook(index, current, before, after)
-
-
-def _library(work: Work, program: Program, report: Progress):
-    """Build a target's library, unless an interrupted compilation did; -> its entry in the manifest."""
-    from llmc import codegen
-    from llmc.runtime import artifact
-
-    target = program.target
-    relative = f"lib/{codegen.library_name(target)}"
-    path = work.folder / relative
-    if not work.has_library(relative):
-        started = time.perf_counter()
-        report(f"building {target.name}", 0.0)
-        for fact, value in codegen.build(program.lowered, target, path).items():
-            work.memory[fact] = max(value, work.memory.get(fact, 0))
-        work.libraries[relative] = artifact.sha256(path)
-        work.save()
-        seconds = round(time.perf_counter() - started, 4)
-        program.stages.append({"name": f"library {target.name}", "seconds": seconds, "passes": []})
-    report(f"building {target.name}", 1.0)
-    return artifact.TargetEntry(
-        target=target.name,
-        kind=target.kind,
-        host=target.host,
-        features=tuple(target.features),
-        library=relative,
-        sha256=work.libraries[relative],
-        state=tuple(
-            artifact.StateGroup(
-                kind=group["kind"],
-                page_size=group["page_size"],
-                window=group["window"],
-                chunk=group["chunk"],
-                layers=tuple(group["layers"]),
-                tensors=tuple(artifact.StateTensor(t["name"], tuple(t["shape"]), t["dtype"]) for t in group["tensors"]),
-            )
-            for group in program.state
-        ),
-        functions={name: artifact.Function(tuple(names)) for name, names in program.lowered.weights.items()},
-        kernels=tuple(program.lowered.kernels),
-    )
 
 
 def _verify_library(work: Work, program: Program, report: Progress) -> None:
@@ -265,13 +231,11 @@ def _verify_library(work: Work, program: Program, report: Progress) -> None:
     report("verifying the library", 1.0)
 
 
-def _recipes(programs: list[Program], sources) -> dict[str, Any]:
-    """The recipes of all targets over the checkpoint's weights, by name."""
+def _recipes(shared: dict[str, tuple[Any, Program]], doors: dict[str, Any]) -> dict[str, Any]:
+    """The recipes over the checkpoint's weights, by name."""
     from llmc.codegen.weights import Recipe
 
-    return {
-        name: Recipe(function, sources) for program in programs for name, function in program.lowered.recipes.items()
-    }
+    return {name: Recipe(function, doors[of.dtype].weights) for name, (function, of) in shared.items()}
 
 
 def _weights(work: Work, recipes: dict[str, Any], report: Progress) -> dict:
@@ -346,6 +310,7 @@ class Work:
     folder: Path
     inputs: str
     libraries: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, dict] = field(default_factory=dict)  # library -> what it was made from, for its entry
     memory: dict[str, int] = field(default_factory=dict)  # facts of the libraries, see codegen.build
     tensors: dict[str, str] = field(default_factory=dict)
 
@@ -358,7 +323,7 @@ class Work:
         if state.is_file():
             found = json.loads(state.read_text())
             if found.get("inputs") == inputs:
-                return cls(folder, inputs, found["libraries"], found["memory"], found["tensors"])
+                return cls(folder, **found)
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
@@ -373,6 +338,7 @@ class Work:
         state = {
             "inputs": self.inputs,
             "libraries": self.libraries,
+            "sources": self.sources,
             "memory": self.memory,
             "tensors": self.tensors,
         }

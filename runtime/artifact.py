@@ -3,6 +3,7 @@
     name.llmc/manifest.json         what is in the folder and what it needs (this file is its schema)
     name.llmc/weights.safetensors   packed weights (`weights.py`)
     name.llmc/lib/….so              one library a target and host
+    name.llmc/src/….zip             what a GPU's library was made from
     name.llmc/tokenizer.json, …     text, as it came with the model
 
 Hashes detect damage, not malice: a library is native code. `read` and `check` look at everything but the tensors'
@@ -27,6 +28,7 @@ __all__ = [
     "Function",
     "Manifest",
     "RandomWeights",
+    "Sources",
     "StateGroup",
     "StateTensor",
     "TargetEntry",
@@ -78,8 +80,18 @@ class Function:
 
 
 @dataclass(frozen=True)
+class Sources:
+    """The zip that a GPU's library was made from, and SHA-256 of every kernel's machine code, as it is in the library
+    (of its source, where the driver compiles it)."""
+
+    file: str
+    sha256: str
+    kernels: dict[str, str]
+
+
+@dataclass(frozen=True)
 class TargetEntry:
-    """The code for one architecture and one host."""
+    """The code for one architecture and one host. dtype: of its activations."""
 
     target: str
     kind: str
@@ -90,6 +102,9 @@ class TargetEntry:
     state: tuple[StateGroup, ...]
     functions: dict[str, Function]
     kernels: tuple[dict[str, Any], ...] = ()
+    arch: str = ""
+    dtype: str = ""
+    sources: Sources | None = None
 
 
 @dataclass(frozen=True)
@@ -154,6 +169,7 @@ _NESTED = {
     (Manifest, "weights"): WeightsEntry,
     (TargetEntry, "state"): StateGroup,
     (TargetEntry, "functions"): Function,
+    (TargetEntry, "sources"): Sources,
     (StateGroup, "tensors"): StateTensor,
 }
 
@@ -173,6 +189,8 @@ def _build(cls: type, data: Any, where: str, path: str) -> Any:
                 raise wrong(f.name, "a value", None)
             continue
         value: Any = data[f.name]
+        if value is None and f.default is None:
+            continue
         annotation = str(f.type)
         kind: Any
         kind, word = (
@@ -231,7 +249,8 @@ def read(folder: Path | str) -> Manifest:
         raise ArtifactError(f"{path}: expected JSON in UTF-8, found {error}: it is damaged; {AGAIN}") from error
     manifest = Manifest.from_json(text, str(path))
     weights = () if manifest.weights.random else (manifest.weights.file,)
-    for relative in (*weights, *manifest.files, *(t.library for t in manifest.targets)):
+    sources = (t.sources.file for t in manifest.targets if t.sources)
+    for relative in (*weights, *manifest.files, *(t.library for t in manifest.targets), *sources):
         inside(folder, relative)
     for entry in manifest.targets:
         _check_target(path, manifest, entry)
@@ -274,7 +293,10 @@ def check(folder: Path | str, manifest: Manifest, entry: TargetEntry | None = No
     -> the weights, mapped or random. Raises ArtifactError naming the file.
     """
     folder = Path(folder)
-    expected = {t.library: t.sha256 for t in ([entry] if entry else manifest.targets)} | manifest.files
+    entries = [entry] if entry else manifest.targets
+    expected = {t.library: t.sha256 for t in entries} | manifest.files
+    if entry is None:  # kernel sources are for reading: what runs does not need them
+        expected |= {t.sources.file: t.sources.sha256 for t in entries if t.sources}
     for relative, digest in expected.items():
         path = inside(folder, relative)
         if not path.is_file():

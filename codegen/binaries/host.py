@@ -60,7 +60,7 @@ def check(library: Path, host: str) -> None:
     strangers = [name for name in needed if name not in SYSTEM]
     if strangers:
         raise CompileError(f"{library.name}: needs {', '.join(strangers)}, which {host} may not have", stage="library")
-    unknown = [name for name in undefined if not name.startswith("TVMFFI") and name not in C_FUNCTIONS]
+    unknown = [name for name in undefined if not name.startswith(("TVMFFI", "TVMBackend")) and name not in C_FUNCTIONS]
     if unknown:
         raise CompileError(
             f"{library.name}: calls {', '.join(unknown[:8])}: neither TVM's runtime nor {host}'s C library has that",
