@@ -39,6 +39,9 @@ class ArtifactReport:
         for entry in manifest.targets:
             size = (self.path / entry.library).stat().st_size
             lines.append(f"target    {entry.target} on {entry.host}: {entry.library}, {_size(size)}")
+            if entry.sources:
+                count = len(entry.sources.kernels)
+                lines.append(f"  {entry.dtype} activations, {count} kernels; sources {entry.sources.file}")
             for group in entry.state:
                 reach = (
                     f"window {group.window}" if group.window else f"chunk {group.chunk}" if group.chunk else "causal"

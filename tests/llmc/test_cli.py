@@ -49,7 +49,11 @@ def test_wrong_usage(arguments):
     ("options", "expected"),
     [
         (["--target", "abacus"], "unknown target 'abacus': expected one of cpu, cuda, rocm, metal"),
-        (["--target", "cuda"], "can't be compiled for yet"),
+        (
+            ["--target", "cuda:sm_75"],
+            "unknown architecture cuda:sm_75: expected cuda, cuda:native, or one of cuda:sm_80",
+        ),
+        (["--target", "metal", "--host", "linux-x86_64"], "can't run metal: expected macos-arm64"),
         (["--host", "vax"], "unknown host 'vax': expected one of linux-x86_64"),
         (["--quantize", "int4"], "quantize='int4': quantization schemes are not in this version yet"),
         (["--kv-cache", "int8"], "not in this version yet"),
