@@ -185,7 +185,7 @@ def lower(imported, target, request: Request, report: Progress) -> Program:
     from llmc.passes.pipeline import PIPELINE
 
     goal = Goal(target=target, dtype=imported.facts["dtype"], max_context=imported.facts["max_context"])
-    stages = (*PIPELINE, codegen.KERNELS)
+    stages: tuple[Any, ...] = (*PIPELINE, codegen.KERNELS)
     count = sum(len(stage.passes) for stage in stages)
     hooks: list[Any] = [lambda index, current, before, after: report("passes", index / count)]
     verifier = None
