@@ -16,6 +16,7 @@ from tvm.tirx.script import builder as T
 from llmc.targets import GpuTarget
 
 from . import attention_lanes as lanes
+from . import attention_squares as squares
 from . import attention_tiles as tiles
 from .attention_parts import Asked, Columns, Finish, Operands, Tile
 from .machine import BYTES, LOG2E, Machine, flat, i32, i64, kernel, loop, when
@@ -83,7 +84,15 @@ def paged_attention(
     return kernel(name, params, body)
 
 
-Cut = lanes.Cut | tiles.Tiling
+Cut = lanes.Cut | tiles.Tiling | squares.Squares
+
+
+def cut_of(asked: Asked, *, decode: bool) -> Cut:
+    """How work is cut for the best that the target has: a matrix unit, or lanes alone."""
+    for kind in (tiles.Tiling, squares.Squares):
+        if cut := kind.of(asked, decode=decode):
+            return cut
+    return lanes.Cut.of(asked, decode=decode)
 
 
 class _Launches:
@@ -91,8 +100,7 @@ class _Launches:
 
     def __init__(self, asked: Asked, o: Operands):
         self.m, self.asked, self.o = Machine(asked.target), asked, o
-        self.few: Cut = tiles.Tiling.of(asked, decode=True) or lanes.Cut.of(asked, decode=True)
-        self.many: Cut = tiles.Tiling.of(asked, decode=False) or lanes.Cut.of(asked, decode=False)
+        self.few, self.many = cut_of(asked, decode=True), cut_of(asked, decode=False)
 
     def emit(self) -> None:
         asked, o, few = self.asked, self.o, self.few
@@ -173,7 +181,7 @@ class _Launches:
                 done = T.bind(T.floordiv(i, T.int32(cut.rows)) * cut.rows)
                 tile = Tile(m, asked, o, s, T.bind(first + done), m.keep(T.min(count - done, T.int32(cut.rows))))
                 each = tile.share(m, splits, LEAST_TOKENS, cut.step(m.warp))
-                used = m.keep(T.floordiv(tile.end - tile.begin + (each - 1), each))  # the others had no tokens
+                used = m.keep(T.truncdiv(tile.end - tile.begin + (each - 1), each))  # the others had no tokens
                 place = m.keep(T.Select(everything == 1, first, block * cut.rows) + i)
 
                 def at(split: Any, place: Any = place) -> Any:
@@ -227,6 +235,8 @@ class _Launches:
         """One block's work on a tile."""
         if isinstance(cut, tiles.Tiling):
             tiles.attend(self.m, self.asked, cut, self.o, tile, kv_head, part, finish)
+        elif isinstance(cut, squares.Squares):
+            squares.attend(self.m, self.asked, cut, self.o, tile, kv_head, part, finish)
         else:
             lanes.attend(self.m, self.asked, cut, self.o, tile, kv_head, part, finish)
 

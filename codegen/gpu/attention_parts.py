@@ -120,7 +120,7 @@ class Tile:
 
     def share(self, m: Machine, parts: Any, least: int, multiple: int) -> Any:
         """How many positions each of so many parts has: at least so many, and a multiple of so many."""
-        each = T.max(T.floordiv(self.end - self.begin + (parts - 1), parts), T.int32(least))
+        each = T.max(T.truncdiv(self.end - self.begin + (parts - 1), parts), T.int32(least))
         return m.keep(T.floordiv(each + (multiple - 1), T.int32(multiple)) * multiple)
 
     def only(self, m: Machine, part: Any, each: Any) -> None:

@@ -74,7 +74,7 @@ def _call(kernel: Kernel, header: str, structs: dict[str, str]) -> str:
         elif dtype.startswith("constant "):
             struct = dtype.removeprefix("constant ").rstrip("& ")
             before.append(f"{struct} scalars{{}};")
-            fields = re.findall(r"(\w+);", structs[struct])
+            fields = re.findall(r"(\w+)(?:\[2\])?;", structs[struct])  # 32-bit integers are one half of a pair
             numbers = [i for i, p in enumerate(kernel.parameters) if not p.is_tensor]
             before += [
                 f"__builtin_memcpy(&scalars.{field}, &frame.p{i}, sizeof frame.p{i});"

@@ -4,7 +4,7 @@ from llmc import targets
 from llmc.targets import GpuTarget
 
 LANGUAGES = {"cuda": "cuda:sm_90", "rocm": "rocm:gfx942", "metal": "metal"}
-EXECUTED = ["cuda"]  # what the software device runs
+EXECUTED = ["cuda", "metal"]  # what the software device runs
 
 
 def target(kind: str) -> GpuTarget:
