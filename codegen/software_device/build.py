@@ -17,7 +17,7 @@ from llmc.ir.errors import CompileError
 from llmc.targets.cpu import detect
 from llmc.targets.toolchains import LINKER, locate
 
-__all__ = ["NATIVE", "kernel_library", "machine_library"]
+__all__ = ["NATIVE", "cache_folder", "kernel_library", "machine_library"]
 
 NATIVE = Path(__file__).parent / "native"
 

@@ -11,15 +11,15 @@ import tvm_ffi
 
 from llmc.ir.errors import CompileError
 
-from . import cuda, metal
-from .build import kernel_library, machine_library
+from . import cuda, metal, rocm
+from .build import cache_folder, kernel_library, machine_library
 from .entry import Kernel, Parameter
 from .faults import DeviceFault, Fault, Source, describe
 from .lines import line_of
 
 __all__ = ["configure", "emitted", "install", "last_fault", "load_kernels"]
 
-_LANGUAGES = {"cuda": cuda, "metal": metal}
+_LANGUAGES = {"cuda": cuda, "metal": metal, "rocm": rocm}
 _sources: dict[str, Source] = {}
 _last: list[DeviceFault] = []
 _emitted: list[str] = []
@@ -37,6 +37,8 @@ def install(kind: str, *, strict: bool = True) -> None:
 
     register_memory(kind)
     original = _originals.setdefault(kind, tvm.get_global_func(f"target.build.{kind}"))
+    if kind == "rocm":
+        original = _with_fences(original)
 
     def build(module, target):
         emitted = original(module, target).inspect_source("")
@@ -45,6 +47,21 @@ def install(kind: str, *, strict: bool = True) -> None:
         return tvm_ffi.load_module(str(load_kernels(kind, emitted, kernels, strict=strict)))
 
     tvm_ffi.register_global_func(f"target.build.{kind}", build, override=True)
+
+
+def _with_fences(original: Callable) -> Callable:
+    """TVM's builder as binaries/rocm.py uses it, but for the link, which takes no toolchain here."""
+    import tvm
+
+    from ..binaries.rocm import FENCES, fence_barriers
+
+    path = cache_folder() / "fences.ll"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(FENCES)
+    paths = tvm.runtime.convert([str(path)])
+    tvm_ffi.register_global_func("tvm_callback_rocm_bitcode_path", lambda *_: paths, override=True)
+    tvm_ffi.register_global_func("tvm_callback_rocm_link", lambda code: code, override=True)
+    return lambda module, target: original(fence_barriers(module), target)
 
 
 def register_memory(kind: str) -> None:

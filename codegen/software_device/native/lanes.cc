@@ -264,7 +264,8 @@ bool on_lane_stack(const void *address) {
 
 uint32_t place_of(void *return_address) {
   const char *text = machine.launch->text;
-  return text ? (uint32_t)((const char *)return_address - text - 1) : 0;  // -1: within the call
+  if (!text) return machine.current ? machine.current->announced : 0;
+  return (uint32_t)((const char *)return_address - text - 1);  // -1: within the call
 }
 
 Fault *begin_fault(int kind, uint32_t place) {

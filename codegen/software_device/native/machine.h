@@ -54,6 +54,7 @@ uint64_t device_present() DEVICE_CONSTANT;  // lanes that the warp has, a bit ea
 
 void *device_shared(unsigned number, size_t bytes, size_t alignment, const char *name);
 void *device_dynamic_shared();
+void device_shared_at(unsigned number, void *address, size_t bytes, const char *name);
 
 void device_barrier(unsigned spaces) DEVICE_CONVERGENT;
 void device_warp_barrier(uint64_t mask, unsigned spaces) DEVICE_CONVERGENT;

@@ -137,11 +137,9 @@ Allocation *locate(Lane *lane, int access, const void *address, size_t bytes, ui
     return nullptr;
   }
   size_t need = bytes >= 16 ? 16 : bytes;
-  if ((need & (need - 1)) == 0 && (uintptr_t)address % need) {
-    memory_fault(FAULT_ALIGNMENT, place, lane, access, address, bytes, a);
-    raise_fault();
-    return nullptr;
-  }
+  // AMD's instructions say what they need (check_alignment); elsewhere it is the access's own size.
+  bool natural = machine.launch->text && (need & (need - 1)) == 0;
+  if (natural && !check_alignment(address, bytes, need, place)) return nullptr;
   refine(a, offset, bytes);
   return a;
 }
@@ -267,6 +265,13 @@ bool check_read(Lane *lane, const void *address, size_t bytes, uint32_t place) {
   return true;
 }
 
+bool check_alignment(const void *address, size_t bytes, size_t alignment, uint32_t place) {
+  if ((uintptr_t)address % alignment == 0) return true;
+  memory_fault(FAULT_ALIGNMENT, place, machine.current, ACCESS_READ, address, bytes, find_allocation(address));
+  raise_fault();
+  return false;
+}
+
 bool check_write(Lane *lane, void *address, size_t bytes, uint32_t place, uint16_t flags) {
   return check_change(lane, flags & PENDING ? ACCESS_COPY : ACCESS_WRITE, address, bytes, place, flags);
 }
@@ -289,6 +294,14 @@ extern "C" {
 void *device_shared(unsigned number, size_t bytes, size_t alignment, const char *name) {
   Allocation *a = number < MAX_SHARED ? shared[number] : nullptr;
   return (a ? a : new_shared(number, bytes, alignment, name))->base;
+}
+
+// Shared memory that the kernel's library has room for.
+void device_shared_at(unsigned number, void *address, size_t bytes, const char *name) {
+  if (number >= MAX_SHARED) return fault(FAULT_REFUSED, 0, "more arrays of shared memory than any kernel should have");
+  if (shared[number]) return;
+  shared[number] = add_allocation((char *)address, bytes, name, true);
+  memset(address, POISON, bytes);
 }
 
 void *device_dynamic_shared() {

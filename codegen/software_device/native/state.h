@@ -89,6 +89,7 @@ struct Lane {
   unsigned index, warp, number;  // in its block; its warp; in its warp
   DeviceSize thread;
   uint32_t place;          // where it waits
+  uint32_t announced;      // its line, where kernels tell it
   unsigned spaces;         // what its barrier orders
   Perform perform;         // what its group does
   void *payload;
@@ -131,6 +132,7 @@ void abandon_lane();
 // Whether an access has a meaning; records a fault if not. `lane` takes it.
 bool check_read(Lane *lane, const void *address, size_t bytes, uint32_t place);
 bool check_write(Lane *lane, void *address, size_t bytes, uint32_t place, uint16_t flags = 0);
+bool check_alignment(const void *address, size_t bytes, size_t alignment, uint32_t place);
 bool check_atomic(Lane *lane, void *address, size_t bytes, uint32_t place);
 void land(Lane *lane, void *address, size_t bytes, uint32_t place);
 
