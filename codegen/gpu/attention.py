@@ -16,6 +16,7 @@ from tvm.tirx.script import builder as T
 from llmc.targets import GpuTarget
 
 from . import attention_lanes as lanes
+from . import attention_latent as latent
 from . import attention_squares as squares
 from . import attention_tiles as tiles
 from .attention_parts import Asked, Columns, Finish, Operands, Tile
@@ -84,12 +85,12 @@ def paged_attention(
     return kernel(name, params, body)
 
 
-Cut = lanes.Cut | tiles.Tiling | squares.Squares
+Cut = lanes.Cut | tiles.Tiling | squares.Squares | latent.Latent
 
 
 def cut_of(asked: Asked, *, decode: bool) -> Cut:
     """How work is cut for the best that the target has: a matrix unit, or lanes alone."""
-    for kind in (tiles.Tiling, squares.Squares):
+    for kind in (tiles.Tiling, latent.Latent, squares.Squares):
         if cut := kind.of(asked, decode=decode):
             return cut
     return lanes.Cut.of(asked, decode=decode)
@@ -159,8 +160,8 @@ class _Launches:
                             with T.Else():
                                 vector = T.bind(place + (row - tile.row))
                                 to = T.bind((i64(split) * (o.b * cut.rows) + vector) * asked.heads + head)
-                                [value] = values
-                                T.buffer_store(sums, value, [to * asked.v_dim + column])
+                                for i, value in enumerate(values):
+                                    T.buffer_store(sums, value, [to * asked.v_dim + column + i])
                                 with when(column == 0):
                                     T.buffer_store(marks, peak, [to * 2])
                                     T.buffer_store(marks, total, [to * 2 + 1])
@@ -233,12 +234,16 @@ class _Launches:
 
     def attend(self, cut: Cut, tile: Tile, kv_head: Any, part: Any, finish: Finish) -> None:
         """One block's work on a tile."""
+        work = (self.m, self.asked)
+        rest = (self.o, tile, kv_head, part, finish)
         if isinstance(cut, tiles.Tiling):
-            tiles.attend(self.m, self.asked, cut, self.o, tile, kv_head, part, finish)
+            tiles.attend(*work, cut, *rest)
+        elif isinstance(cut, latent.Latent):
+            latent.attend(*work, cut, *rest)
         elif isinstance(cut, squares.Squares):
-            squares.attend(self.m, self.asked, cut, self.o, tile, kv_head, part, finish)
+            squares.attend(*work, cut, *rest)
         else:
-            lanes.attend(self.m, self.asked, cut, self.o, tile, kv_head, part, finish)
+            lanes.attend(*work, cut, *rest)
 
     def answer(self, row: Any, head: Any, peak: Any, total: Any) -> Columns:
         """Stores columns of the answer of one query vector. A sink joins its head's softmax as one more score."""

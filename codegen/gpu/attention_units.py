@@ -56,6 +56,10 @@ class Unit:
         """Of which of the lane's queries, and from which depth on, word w of the operand holds two numbers."""
         raise NotImplementedError
 
+    def load_queries(self, shared: Any, at: Any, stride: int, to: Registers) -> None:
+        """The operand of sixteen queries (or their weights) from rows of shared memory, `at` their first element."""
+        raise NotImplementedError
+
     def load_keys(self, shared: Any, at: Any, stride: int, to: Registers) -> None:
         """The operand of sixteen tokens from rows of shared memory, `at` their first element, so many apart."""
         raise NotImplementedError
@@ -107,6 +111,10 @@ class Mma(Unit):
         name = f"ldmatrix.sync.aligned.m8n8.x4{turned}.shared.b16"
         T.evaluate(T.ptx[name](to[0], to[1], to[2], to[3], shared.ptr_to([at + row * stride + column])))
 
+    def load_queries(self, shared: Any, at: Any, stride: int, to: Registers) -> None:
+        lane = self.m.lane
+        self._load(shared, T.floormod(lane, T.int32(16)), T.floordiv(lane, T.int32(16)) * 8, at, stride, to, "")
+
     def load_keys(self, shared: Any, at: Any, stride: int, to: Registers) -> None:
         lane = self.m.lane
         row = T.floordiv(lane, T.int32(16)) * 8 + T.floormod(lane, T.int32(8))
@@ -154,6 +162,9 @@ class Amd(Unit):
 
     def query_word(self, w: int) -> tuple[int, Any]:
         return 0, self.depth(2 * w)
+
+    def load_queries(self, shared: Any, at: Any, stride: int, to: Registers) -> None:
+        self.load_keys(shared, at, stride, to)  # both operands lie alike
 
     def load_keys(self, shared: Any, at: Any, stride: int, to: Registers) -> None:
         words = T.decl_buffer((shared.shape[0] // 2,), "uint32", data=shared.data, scope="shared")

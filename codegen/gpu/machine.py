@@ -161,9 +161,9 @@ class Machine:
         """Values of this thread."""
         return Registers(count, dtype)
 
-    def shared(self, count: int, dtype: str = "float32") -> Any:
-        """Memory of the block, one axis."""
-        return T.alloc_buffer((count,), dtype, scope="shared", align=16)
+    def shared(self, count: int, dtype: str = "float32", *, dynamic: bool = False) -> Any:
+        """Memory of the block, one axis. dynamic: asked for at the launch, so that it may be more than shared_bytes."""
+        return T.alloc_buffer((count,), dtype, scope="shared.dyn" if dynamic else "shared", align=16)
 
     def keep(self, value: Any, dtype: str = "int32") -> Any:
         """A scalar that is computed here, once, and not again where it is used."""

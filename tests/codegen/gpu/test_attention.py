@@ -26,6 +26,7 @@ CASES = {
     "wide": (4, 1, 256, 256, 16, {"softcap": 30.0}),
     "many heads": (40, 2, 16, 24, 16, {}),
     "latent": (4, 1, 576, 512, 16, {"v_width": 512}),
+    "latent, many heads": (40, 1, 72, 64, 16, {"v_width": 64, "window": 100}),
     "latent, odd": (3, 1, 21, 19, 16, {"v_width": 19, "softcap": 30.0}),
 }
 # Of the spread. float32: sums of a few hundred products, and exponentials within 2 ulp. The others round the answer
