@@ -226,11 +226,7 @@ class _Module:
                 wave = call["name"] == "wave.barrier"
                 before, after = self._fence(index, -1), self._fence(index, 1)
                 enough = all(f and (f[1] in _BLOCK_SCOPES or (wave and f[1] == "wavefront")) for f in (before, after))
-                found[index] = bool(
-                    enough
-                    and before[2] in ("release", "acq_rel", "seq_cst")
-                    and after[2] in ("acquire", "acq_rel", "seq_cst")
-                )
+                found[index] = bool(enough and before[2] in _RELEASES and after[2] in _ACQUIRES)
         return found
 
     def _fence(self, index: int, step: int) -> re.Match | None:

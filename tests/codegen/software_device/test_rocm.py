@@ -20,9 +20,9 @@ entry:
   %other = xor i32 %t, 64
   %so = getelementptr inbounds float, ptr addrspace(3) @s, i32 %other
 """
-BARRIER = (
-    'fence syncscope("workgroup") release\ncall void @llvm.amdgcn.s.barrier()\nfence syncscope("workgroup") acquire'
-)
+FENCE = 'fence syncscope("{}") {}'
+RELEASE, ACQUIRE = FENCE.format("workgroup", "release"), FENCE.format("workgroup", "acquire")
+BARRIER = f"{RELEASE}\ncall void @llvm.amdgcn.s.barrier()\n{ACQUIRE}"
 
 
 def run(body, *args, target=GFX942, text=None, blocks=1, threads=128, **options):
