@@ -8,6 +8,7 @@ with WeightsWriter(path, codegen.weight_specs(lowered.recipes)) as writer:
 
 from .library import build, library_name, sources_name
 from .pipeline import KERNELS, Lowered, lower, lowered
+from .plain import reference
 from .weights import weight_specs, write_weights
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "library_name",
     "lower",
     "lowered",
+    "reference",
     "sources_name",
     "weight_specs",
     "write_weights",

@@ -68,6 +68,10 @@ def backend(target: Any) -> Backend:
         from .cpu.backend import CpuBackend
 
         return CpuBackend(target)
+    if target.kind == "plain":
+        from .plain.reference import PlainBackend
+
+        return PlainBackend(target)  # type: ignore[return-value]  # a part of it: see there
     from .gpu.backend import GpuBackend
 
     return GpuBackend(target)

@@ -47,7 +47,7 @@ def build(lowered, target: Target, path: Path | str, sources: Path | str | None 
     if isinstance(target, GpuTarget):
         from .binaries import process
 
-        return process.build(lowered.module, target, path, Path(sources or path.with_suffix(".zip")))
+        return process.build(lowered, target, path, Path(sources or path.with_suffix(".zip")))
     executable, memory = machine_code(lowered.module, tvm.target.Target(target.llvm()))
     export(executable, target.host, path)
     return memory

@@ -19,6 +19,7 @@ from .lower_embedding import LowerEmbedding
 from .lower_experts import LowerExperts
 from .lower_matmul import LowerMatmul
 from .lower_pages import LowerPages
+from .plain import reference
 
 __all__ = ["KERNELS", "Lowered", "lower", "lowered"]
 
@@ -55,17 +56,20 @@ class Lowered:
 
     module: embed, step, copy_pages_{g} and the kernels they call. weights: function -> names of its weights, in the
     order of its last argument. recipes: name -> Relax function over checkpoint weights, whose attribute "llmc.sources"
-    names them. kernels: facts of every kernel, for the manifest.
+    names them. kernels: facts of every kernel, for the manifest. reference: what the module computes, in plain loops
+    (`plain.reference`), for a GPU target.
     """
 
     module: tvm.IRModule
     weights: dict[str, list[str]]
     recipes: dict[str, relax.Function]
     kernels: list[dict] = field(default_factory=list)
+    reference: tvm.IRModule | None = None
 
 
 def lower(module: tvm.IRModule, goal, *, on_pass: Callable | None = None) -> Lowered:
     """The ragged form to the kernels form. on_pass(index, pass, before, after) is called after every pass."""
+    plain = reference(module, goal)
     for index, step in enumerate(KERNELS.passes, 1):
         before = module
         try:
@@ -76,14 +80,14 @@ def lower(module: tvm.IRModule, goal, *, on_pass: Callable | None = None) -> Low
         if on_pass is not None:
             on_pass(index, step, before, module)
     KERNELS.form(module)
-    return lowered(module)
+    return lowered(module, plain)
 
 
-def lowered(module: tvm.IRModule) -> Lowered:
+def lowered(module: tvm.IRModule, reference: tvm.IRModule | None = None) -> Lowered:
     """A module that has been through KERNELS, taken apart into what is built and what is written."""
     recipes = {str(k): v for k, v in module.attrs[RECIPES].items()}
     weights = {f: [str(n) for n in module[f].attrs["llmc.weights"]] for f in ("embed", "step")}
-    return Lowered(module.without_attr(RECIPES), weights, recipes, kernel_facts(module))
+    return Lowered(module.without_attr(RECIPES), weights, recipes, kernel_facts(module), reference)
 
 
 def kernel_facts(module: tvm.IRModule) -> list[dict]:

@@ -42,7 +42,9 @@ def evaluate(module: tvm.IRModule, args: list, function: str = "main"):
 
 def parameters(module: tvm.IRModule) -> int:
     """How many elements of a fixed number the parameters of a module's public functions have."""
-    shapes = (p.ty.shape for f in module.functions.values() if _is_public(f) for p in f.params if _is_tensor(p.ty))
+    given = (p.ty for f in module.functions.values() if _is_public(f) for p in f.params)
+    fields = (t for ty in given for t in (ty.fields if isinstance(ty, relax.TupleType) else [ty]))
+    shapes = (ty.shape for ty in fields if _is_tensor(ty))
     return sum(math.prod(map(int, shape)) for shape in shapes if all(isinstance(d, tirx.IntImm) for d in shape))
 
 

@@ -18,7 +18,7 @@ _HOMES = {
     "inspect": "llmc.inspection",
     "load": "llmc.runtime.model",
     "schemes": "llmc.inspection",
-    "verify": "llmc.inspection",
+    "verify": "llmc.verification",
 }
 __all__ = [*_HOMES, "__version__", "targets"]
 

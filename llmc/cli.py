@@ -169,7 +169,10 @@ def verify(
     target: Annotated[str, typer.Option(help="One of the artifact's targets.")],
 ) -> None:
     """Run an artifact's kernels on the software device and compare them with the reference."""
-    print(llmc.verify(artifact, target))
+    report = llmc.verify(artifact, target)
+    print(report)
+    if not report.passed:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -188,6 +188,13 @@ def lower(imported, target, request: Request, report: Progress) -> Program:
     stages: tuple[Any, ...] = (*PIPELINE, codegen.KERNELS)
     count = sum(len(stage.passes) for stage in stages)
     hooks: list[Any] = [lambda index, current, before, after: report("passes", index / count)]
+    ragged: list[Any] = []  # the program as the last stage gets it
+
+    def keep(index: int, current: Any, before: Any, after: Any) -> None:
+        if current is codegen.KERNELS.passes[0]:
+            ragged.append(before)
+
+    hooks.append(keep)
     verifier = None
     if request.dump is not None:
         from llmc.passes.dump import Dump
@@ -201,7 +208,7 @@ def lower(imported, target, request: Request, report: Progress) -> Program:
         hooks.append(_until(codegen.KERNELS, verifier.on_pass))
     result = manager.run(imported.module, goal, stages=stages, on_pass=hooks)
     state = json.loads(str(result.module["step"].attrs["llmc.state"]))
-    lowered = codegen.lowered(result.module)
+    lowered = codegen.lowered(result.module, codegen.reference(ragged[0], goal))
     if debug_level() >= 4:
         log(text(lowered.module))
     return Program(target, goal.dtype, lowered, state, list(result.stages), verifier)

@@ -142,12 +142,3 @@ def _size(count: int) -> str:
 def schemes() -> list[str]:
     """Names of the quantization schemes that `quantize=` takes: none in this version."""
     return []
-
-
-def verify(path: str | Path, target: str):
-    """Run an artifact's kernels for `target` on the software device. Not in this version: it compiles for CPUs only."""
-    artifact.choose_target(artifact.read(path), target)
-    raise CompileError(
-        f"{path}: the software device runs GPU kernels, which are not in this version yet; "
-        "CPU kernels run on this machine itself: `llmc compile --verify` compares every pass"
-    )

@@ -19,10 +19,11 @@ import tvm
 from llmc.ir.errors import CompileError
 from llmc.targets import GpuTarget
 
+from ..pipeline import Lowered
 from . import cuda
 
 
-def build(module: tvm.IRModule, target: GpuTarget, library: Path, sources: Path) -> dict:
+def build(lowered: Lowered, target: GpuTarget, library: Path, sources: Path) -> dict:
     """Compile a module in the kernels form for a GPU: the library, and the zip of what it was made from.
 
     -> facts of memory (see `library.build`), and "kernels": kernel -> SHA-256 of its machine code or text.
@@ -30,10 +31,13 @@ def build(module: tvm.IRModule, target: GpuTarget, library: Path, sources: Path)
     """
     with tempfile.TemporaryDirectory(prefix="llmc-build-") as scratch:
         folder = Path(scratch)
-        (folder / "module.json").write_text(tvm.ir.save_json(module))
+        modules = {"module": lowered.module, "reference": lowered.reference}
+        texts = {name: tvm.ir.save_json(module) for name, module in modules.items() if module is not None}
+        for name, text in texts.items():
+            (folder / f"{name}.json").write_text(text)
         request = {
             "target": asdict(target),
-            "module": str(folder / "module.json"),
+            "modules": {name: str(folder / f"{name}.json") for name in texts},
             "library": str(library.resolve()),
             "sources": str(sources.resolve()),
             "report": str(folder / "report.json"),

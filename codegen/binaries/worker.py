@@ -40,11 +40,11 @@ def work(asked: dict) -> dict:
         name: tuple(value) if isinstance(value, list) else value for name, value in asked["target"].items()
     }
     target = GpuTarget(**fields)
-    text = Path(asked["module"]).read_text()
+    modules = {f"{name}.json": Path(path).read_text() for name, path in asked["modules"].items()}
     compiler = COMPILERS[target.language](target)  # type: ignore[call-arg]
     compiler.install()
     machine = tvm.target.Target(target.tvm(), host=target.host_tvm())
-    executable, memory = machine_code(tvm.ir.load_json(text), machine)
+    executable, memory = machine_code(tvm.ir.load_json(modules["module.json"]), machine)
     code = compiler.device_code(executable.mod)
     library = Path(asked["library"])
     export(executable, target.host, library)
@@ -55,18 +55,19 @@ def work(asked: dict) -> dict:
                 f"{library.name}: the machine code that was made is not in it; this is a fault of the compiler",
                 stage="library",
             )
-    write_sources(Path(asked["sources"]), code, text)
+    write_sources(Path(asked["sources"]), code, modules)
     return {**memory, "kernels": code.digests()}
 
 
-def write_sources(path: Path, code: DeviceCode, module: str) -> None:
-    """The zip of what a library was made from: the kernels' sources, and the module in the kernels form as JSON.
+def write_sources(path: Path, code: DeviceCode, modules: dict[str, str]) -> None:
+    """The zip of what a library was made from: the kernels' sources, and modules as JSON: the one in the kernels form,
+    and the plain loops of what it computes (`llmc verify` compares with them).
 
     The same sources give the same bytes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        for name, text in sorted({**code.sources, "module.json": module}.items()):
+        for name, text in sorted({**code.sources, **modules}.items()):
             entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
             entry.compress_type = zipfile.ZIP_DEFLATED
             file.writestr(entry, text)

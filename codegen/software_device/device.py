@@ -26,11 +26,12 @@ _emitted: list[str] = []
 _originals: dict[str, Callable] = {}
 
 
-def install(kind: str, *, strict: bool = True) -> None:
+def install(kind: str, *, strict: bool = True, text: str | None = None) -> None:
     """Make this process's device of a kind ("cuda", "rocm", "metal") the software device.
 
     Then tvm.compile and relax.build for it, and tvm.device(kind), work as if there was one: kernels run on the CPU.
-    strict: every access of memory is checked; otherwise kernels only run. To be called in a child process: it
+    strict: every access of memory is checked; otherwise kernels only run. text: what an emitter wrote earlier for the
+    kernels that will be built, to be run instead of what it writes now. To be called in a child process: it
     replaces TVM's own functions of that kind for good.
     """
     import tvm
@@ -41,7 +42,7 @@ def install(kind: str, *, strict: bool = True) -> None:
         original = _with_fences(original)
 
     def build(module, target):
-        emitted = original(module, target).inspect_source("")
+        emitted = original(module, target).inspect_source("") if text is None else text
         kernels = [_kernel(f, target) for f in module.functions.values()]
         _emitted[:] = [emitted]
         return tvm_ffi.load_module(str(load_kernels(kind, emitted, kernels, strict=strict)))

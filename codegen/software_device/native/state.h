@@ -112,7 +112,8 @@ struct Machine {
   unsigned lane_count, warp_count;
   Lane *current;
   DeviceSize block;
-  uint32_t clock, launch_start, block_start, barrier_time[2];  // barrier times: shared, global
+  uint32_t clock = 1;  // 1 is when the host writes
+  uint32_t launch_start, block_start, barrier_time[2];  // barrier times: shared, global
   uint32_t warp_time[MAX_LANES / 32][2];
   uint32_t *block_starts;  // of every block of the launch so far
   size_t block_count, block_room;

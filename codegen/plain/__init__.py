@@ -1,0 +1,5 @@
+"""What a program in the kernels form computes, as plain loops: the reference of `llmc verify`."""
+
+from .reference import reference
+
+__all__ = ["reference"]

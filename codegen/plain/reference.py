@@ -1,0 +1,76 @@
+"""The reference of a program in the kernels form: the same functions over the same weights, in plain loops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import tvm
+
+from ..backend import Backend, backend
+from ..bundle_arguments import AddCopyPages, BundleArguments
+from ..gpu.pack import row_elements
+from ..lift_weights import RECIPES, LiftWeights
+from ..lower_embedding import LowerEmbedding
+from ..lower_experts import LowerExperts
+from ..lower_matmul import LowerMatmul
+from . import loops
+
+__all__ = ["PlainBackend", "PlainTarget", "reference"]
+
+# Those of the last stage that say what a function takes. Row work, appends and attention stay as the program has them.
+PASSES = (LowerEmbedding(), LowerMatmul(), LowerExperts(), LiftWeights(), AddCopyPages(), BundleArguments())
+
+
+@dataclass(frozen=True)
+class PlainTarget:
+    """No machine: what a GPU target is given, computed in plain loops."""
+
+    of: Any
+    kind: str = "plain"
+
+
+@dataclass(frozen=True)
+class PlainBackend:
+    """See llmc.codegen.backend.Backend; only what PASSES ask for. Weights lie as the GPU's."""
+
+    target: PlainTarget
+
+    @property
+    def machine(self) -> Backend:
+        return backend(self.target.of)
+
+    @property
+    def activations(self):
+        return self.machine.activations
+
+    def pack(self, emit, rows, columns, depth, dtype):
+        return self.machine.pack(emit, rows, columns, depth, dtype)
+
+    def matmul(self, columns, depth, *, weight, activation, out):
+        return loops.matmul(columns, depth, row_elements(depth, weight), weight, activation, out)
+
+    def expert_linear(self, experts, columns, depth, *, weight, activation, ids, bias):
+        stride = row_elements(depth, weight)
+        return loops.expert_linear(experts, columns, depth, stride, weight, activation, ids, bias)
+
+    def take(self, rows, depth, *, weight, out, ids):
+        return loops.take(rows, depth, row_elements(depth, weight), weight, out, ids)
+
+    def copy_pages(self, page, dtype):
+        return loops.copy_pages(page, dtype)
+
+
+def reference(module: tvm.IRModule, goal) -> tvm.IRModule | None:
+    """The ragged form, for a GPU target -> what its kernels form computes, for any machine to run; None for a CPU.
+
+    Its functions take the same arguments, the same weights in the same order. Products are plain loops, appends and
+    attention the loops that say what they mean, and everything else ops that TVM lowers by its own rules: none of it is
+    code that the target's kernels are made of.
+    """
+    if goal.target.kind == "cpu":
+        return None
+    goal = replace(goal, target=PlainTarget(goal.target))
+    for step in PASSES:
+        module = step.run(module, goal)
+    return module.without_attr(RECIPES)

@@ -1,0 +1,172 @@
+"""The process of `llmc verify`: python -m llmc.verification_worker ARTIFACT TARGET HOST REPORT.json"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+
+from llmc import targets
+from llmc.codegen.library import machine_code
+from llmc.codegen.software_device import DeviceFault
+from llmc.codegen.software_device import device as software
+from llmc.ir.driver import Pages, numpy_dtype
+from llmc.ir.errors import CompileError
+from llmc.ir.evaluate import Reference
+from llmc.runtime import artifact
+from llmc.runtime.devices.gpu import GpuExecutor
+from llmc.runtime.executor import Executor, Table
+
+CACHE_TOKENS = 512
+# What travels in each step, by sequence: prefill over a page boundary, prefill beside decode, decode of both.
+STEPS: tuple[tuple[str, dict[str, int]], ...] = (
+    ("prefill", {"a": 19}),
+    ("prefill and decode", {"a": 1, "b": 9}),
+    ("decode", {"a": 1, "b": 1}),
+    ("decode", {"b": 1, "a": 1}),
+)
+# Unit roundoff of the activations' dtype: half the distance from 1 to the next number.
+ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
+ROUNDINGS = 12  # of a layer's values on their way through it: norms, projections, rotation, attention, gate, sums
+
+
+def error_bound(dtype: str, layers: int) -> float:
+    """How far logits may be from the reference's, of their spread.
+
+    float32: the orders of sums differ, nothing else: 1e-4. float16 and bfloat16: kernels and reference round at
+    different places (a fused kernel keeps float32 between its statements), about ROUNDINGS times a layer each.
+    Roundings are independent, so that errors add as their squares do: roundoff · sqrt(2 · ROUNDINGS · layers), of the
+    activations' size; twice that, as the largest of many logits is looked at. The spread is no less than their size.
+    """
+    if dtype == "float32":
+        return 1e-4
+    return 2 * ROUNDOFF[dtype] * math.sqrt(2 * ROUNDINGS * layers)
+
+
+class ReferenceExecutor:
+    """The plain loops of src/…zip, on this CPU, over the artifact's weights."""
+
+    def __init__(self, module: tvm.IRModule, folder: Path, manifest: artifact.Manifest, entry: artifact.TargetEntry):
+        self.groups = entry.state
+        self.pages = [CACHE_TOKENS // group.page_size + 1 for group in entry.state]
+        self.machine = Reference(module).machine
+        weights = artifact.check(folder, manifest, entry)
+        names = {name for f in ("embed", "step") for name in entry.functions[f].weights}
+        held = {name: tensor(weights[name], weights.specs[name][1]) for name in names}
+        self.weights = {f: [held[name] for name in entry.functions[f].weights] for f in ("embed", "step")}
+        self.pools = [
+            tvm.runtime.tensor(np.full((count, *t.shape), np.nan, numpy_dtype(t.dtype)))
+            for group, count in zip(entry.state, self.pages, strict=True)
+            for t in group.tensors
+        ]
+
+    def embed(self, tokens: np.ndarray) -> Any:
+        return self.machine["embed"](tvm.runtime.tensor(tokens), self.weights["embed"])
+
+    def step(self, hidden, positions, qo_indptr, logit_rows, tables) -> np.ndarray:
+        given = (positions, qo_indptr, logit_rows, *(array for table in tables for array in table))
+        placed = [tvm.runtime.tensor(array) for array in given]
+        return self.machine["step"](hidden, *placed, self.pools, self.weights["step"]).numpy()
+
+    def copy_pages(self, group: int, source: Sequence[int], target: Sequence[int]) -> None:
+        raise NotImplementedError("the steps of a verification share no pages")
+
+    def close(self) -> None:
+        self.pools.clear()
+
+
+def tensor(array: np.ndarray, dtype: str) -> Any:
+    """bfloat16 is stored as its bits."""
+    plain = np.ascontiguousarray(array)
+    return tvm.runtime.tensor(plain.view(numpy_dtype(dtype)) if dtype == "bfloat16" else plain)
+
+
+class Sequences:
+    """Random tokens of the sequences that the steps extend, and the tables of each step."""
+
+    def __init__(self, groups: Sequence[artifact.StateGroup], vocabulary: int):
+        self.pages = [Pages(g.page_size, CACHE_TOKENS // g.page_size, g.window, g.chunk) for g in groups]
+        self.random, self.vocabulary = np.random.default_rng(0), vocabulary
+
+    def arguments(self, batch: Mapping[str, int]) -> tuple[np.ndarray, tuple]:
+        """Tokens, and what a step takes beside them."""
+        before = [self.pages[0].length.get(s, 0) for s in batch]
+        positions = np.concatenate([start + np.arange(n) for start, n in zip(before, batch.values(), strict=True)])
+        tables = [Table(*group.extend(batch)) for group in self.pages]
+        count = sum(batch.values())
+        tokens = self.random.integers(0, self.vocabulary, count).astype("int32")
+        indptr = np.cumsum([0, *batch.values()]).astype("int32")
+        return tokens, (positions.astype("int32")[None], indptr, np.arange(count, dtype="int32"), tables)
+
+
+def run(executor: Executor, tokens: np.ndarray, rest: tuple) -> np.ndarray:
+    return np.array(executor.step(executor.embed(tokens), *rest), "float32")
+
+
+def work(folder: Path, target: str, host: str) -> dict[str, Any]:
+    """-> what `verification.Report` tells."""
+    manifest = artifact.read(folder)
+    [entry] = [t for t in manifest.targets if (t.target, t.host) == (target, host)]
+    assert entry.sources is not None
+    [facts] = targets.parse(target, host)
+    with zipfile.ZipFile(artifact.inside(folder, entry.sources.file)) as sources:
+        module, plain = (tvm.ir.load_json(sources.read(f"{n}.json").decode()) for n in ("module", "reference"))
+        [text] = [sources.read(n).decode() for n in sources.namelist() if n.endswith((".cu", ".ll", ".metal"))]
+    software.install(entry.kind, strict=True, text=text)
+    executable, _ = machine_code(module, tvm.target.Target(facts.tvm(), host={"kind": "llvm"}))
+    reference = ReferenceExecutor(plain, folder, manifest, entry)
+    sequences = Sequences(entry.state, int(manifest.model["vocab_size"]))
+    machines = {
+        order: GpuExecutor(
+            folder, manifest, entry, cache_tokens=CACHE_TOKENS, machine=executable.mod["vm_load_executable"]()
+        )
+        for order in ("forward", "reverse")
+    }
+    steps: list[dict[str, Any]] = []
+    found = {"bound": error_bound(entry.dtype, int(manifest.model["layers"])), "steps": steps, "fault": ""}
+    for name, batch in STEPS:
+        tokens, rest = sequences.arguments(batch)
+        expected = run(reference, tokens, rest)
+        results, started = [], time.perf_counter()
+        for order, machine in machines.items():
+            software.configure(order=order)
+            try:
+                results.append(run(machine, tokens, rest))
+            except Exception as error:
+                fault = software.last_fault() or error
+                if not isinstance(fault, DeviceFault):
+                    raise
+                return found | {"fault": str(fault)}
+        spread = float(expected.max() - expected.min())
+        error = max(float(np.abs(got - expected).max()) for got in results) / spread
+        if not np.array_equal(*results):
+            return found | {"fault": f"{name}: lanes in reverse order give other logits: a race"}
+        steps.append(
+            {
+                "name": name,
+                "tokens": len(tokens),
+                "error": error if math.isfinite(error) else math.inf,
+                "seconds": round(time.perf_counter() - started, 2),
+            }
+        )
+    return found
+
+
+def main(folder: str, target: str, host: str, answer: str) -> None:
+    try:
+        found = work(Path(folder), target, host)
+    except CompileError as error:
+        found = {"error": str(error)}
+    Path(answer).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
