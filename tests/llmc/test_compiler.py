@@ -83,11 +83,6 @@ def test_inspect_after_a_pass():
         llmc.inspect(TINY_PYTHON, after="page_attn")
 
 
-def test_verify_of_an_artifact_says_what_there_is(tiny_python):
-    with pytest.raises(llmc.CompileError, match="the software device runs GPU kernels"):
-        llmc.verify(tiny_python, "cpu")
-
-
 def test_dump_and_verify(tmp_path):
     path = llmc.compile(TINY_PYTHON, output=tmp_path / "a.llmc", dump=tmp_path / "passes", verify=True)
     assert path.is_dir()

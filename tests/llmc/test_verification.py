@@ -1,0 +1,72 @@
+"""llmc.verify: what it refuses, what it reports, and a whole model on the software device."""
+
+import dataclasses
+
+import pytest
+
+import llmc
+from llmc.runtime import artifact
+from llmc.verification import Report, choose
+from llmc.verification_worker import error_bound
+from tests.conftest import TINY_PYTHON
+
+STEP = {"name": "decode", "tokens": 2, "error": 1e-6, "seconds": 1.5}
+
+
+def report(**changes):
+    return Report(**{"artifact": "tiny", "target": "metal", "dtype": "float16", "kernels": 9, "bound": 1e-4,
+                     "steps": (STEP,)} | changes)  # fmt: skip
+
+
+def test_a_cpus_target_needs_no_device(tiny_python):
+    with pytest.raises(llmc.ArtifactError, match="is a CPU's: there is no device to stand in for; load it, or"):
+        llmc.verify(tiny_python, "cpu")
+
+
+def test_no_such_target(tiny_python):
+    with pytest.raises(llmc.ArtifactError, match="no target 'metal' in this artifact; it has: cpu:"):
+        llmc.verify(tiny_python, "metal")
+
+
+def test_one_of_several_is_named(tiny_python):
+    manifest = artifact.read(tiny_python)
+    sources = artifact.Sources("src/x.zip", "", {})
+    [entry] = manifest.targets
+    several = dataclasses.replace(
+        manifest,
+        targets=tuple(
+            dataclasses.replace(entry, target=f"cuda:{arch}", kind="cuda", sources=sources)
+            for arch in ("sm_80", "sm_90")
+        ),
+    )
+    assert choose(several, "cuda:sm_90").target == "cuda:sm_90"
+    with pytest.raises(llmc.ArtifactError, match="'cuda' is several of its targets: name one of cuda:sm_80, cuda:sm_9"):
+        choose(several, "cuda")
+
+
+def test_what_is_reported():
+    assert report().passed
+    assert "decode                    2 tokens   error 1.0e-06 of the spread" in str(report())
+    assert str(report()).endswith("passed")
+    far = report(steps=(STEP, STEP | {"error": 2e-4}))
+    assert not far.passed and "more than 1.0e-04" in str(far)
+    fault = report(fault="race: kernel softmax, …")
+    assert not fault.passed and "fault: race: kernel softmax" in str(fault) and str(fault).endswith("FAILED")
+    assert not report(steps=()).passed
+
+
+def test_bounds_grow_with_the_root_of_the_depth():
+    assert error_bound("float32", 100) == 1e-4
+    assert error_bound("bfloat16", 16) == pytest.approx(2 * error_bound("bfloat16", 4))
+    assert error_bound("float16", 4) < 0.01 < error_bound("bfloat16", 4) < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("target", ["cuda:sm_90", "rocm:gfx942", "metal"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_whole_model(target, dtype, tmp_path):
+    path = llmc.compile(TINY_PYTHON, target, output=tmp_path / "tiny.llmc", dtype=dtype)
+    found = llmc.verify(path, target)
+    assert found.passed, str(found)
+    assert [step["tokens"] for step in found.steps] == [19, 10, 2, 2]
