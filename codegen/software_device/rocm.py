@@ -223,10 +223,10 @@ class _Module:
         for index, (_, line) in enumerate(self.lines):
             call = _CALL.match(line.strip())
             if call and call["name"] in ("s.barrier", "wave.barrier"):
-                wave = call["name"] == "wave.barrier"
+                scopes = _BLOCK_SCOPES | {"wavefront"} if call["name"] == "wave.barrier" else _BLOCK_SCOPES
                 before, after = self._fence(index, -1), self._fence(index, 1)
-                enough = all(f and (f[1] in _BLOCK_SCOPES or (wave and f[1] == "wavefront")) for f in (before, after))
-                found[index] = bool(enough and before[2] in _RELEASES and after[2] in _ACQUIRES)
+                released = before is not None and before[1] in scopes and before[2] in _RELEASES
+                found[index] = released and after is not None and after[1] in scopes and after[2] in _ACQUIRES
         return found
 
     def _fence(self, index: int, step: int) -> re.Match | None:
