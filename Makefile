@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: environment demo test test-all types lint
+.PHONY: environment demo test test-all types lint gpu-bundle
 
 # The runtime of AMD's cards is built here where there is g++ (Debian: apt install g++); without, its tests are skipped.
 environment: $(VENV)/.stamp
@@ -23,6 +23,13 @@ test: environment lint types
 
 test-all: environment lint types
 	$(BIN)/pytest -n 2 -q
+
+# What a machine with a card needs to measure, in one archive: CUDA_TARGET names its card, CARD_PYTHON its Python.
+CUDA_TARGET ?= cuda:sm_90
+CARD_PYTHON ?= $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+gpu-bundle: environment
+	$(BIN)/python -m llmc.bench.bundle build/llmc-gpu.tar.gz --shape llama-3.2-1b --shape llama-3.1-8b \
+		--target $(CUDA_TARGET) --python $(CARD_PYTHON)
 
 # Type checkers read the installed package, not an editable one. build/lib would keep modules that are no more.
 types: environment

@@ -31,6 +31,27 @@ SHAPES = {
             original_max_position_embeddings=8192,
         ),
     ),
+    "llama-3.1-8b": dict(
+        model_type="llama",
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=128256,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        rope_parameters=dict(
+            rope_type="llama3",
+            rope_theta=500000.0,
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=8192,
+        ),
+    ),
     "smollm-135m": dict(
         model_type="llama",
         hidden_size=576,
@@ -60,6 +81,13 @@ SHAPES = {
         rope_parameters=dict(rope_type="default", rope_theta=1000000.0),
     ),
 }
+
+
+def write_config(shape: str, folder: Path) -> Path:
+    """Write config.json alone, for weights="random" -> the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**SHAPES[shape], "dtype": "bfloat16"}, indent=1))
+    return folder
 
 
 def write(shape: str, folder: Path) -> Path:
