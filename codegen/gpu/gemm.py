@@ -123,31 +123,33 @@ def tile(operands: Operands, unit: MatrixUnit, rows: RowMap, tiling: Tiling, col
                         operands.finish(y_row, y_column, runs[j], partners, rows.lead)
 
     if tiling.parts > 1:
-        add_parts(m, sums, part, tiling.parts)
+        add_parts(m, sums, part, tiling.parts, w.piece)
         with when(part == 0):
             finish()
     else:
         finish()
 
 
-def add_parts(m: Machine, sums: Any, part: Any, parts: int) -> None:
-    """The sums of the warps of part 0 become those of all parts, in their order."""
+def add_parts(m: Machine, sums: Any, part: Any, parts: int, words: Any) -> None:
+    """The sums of the warps of part 0 become those of all parts, in their order.
+
+    words: shared memory that is no longer read, at least so many words as the other warps have sums.
+    """
     teams = m.threads // m.warp // parts
-    shared = m.shared((parts - 1) * teams * len(sums) * m.warp)
     team = T.bind(T.floordiv(m.warp_number, parts))
 
     def at(of: Any, i: int) -> Any:
         return (((of - 1) * teams + team) * len(sums) + i) * m.warp + m.lane
 
-    m.barrier()  # TVM may have given `shared` the memory of the pieces, which others still read
+    m.barrier()
     with when(part > 0):
         for i in range(len(sums)):
-            T.buffer_store(shared, sums[i], [at(part, i)])
+            T.buffer_store(words, T.reinterpret("uint32", sums[i]), [at(part, i)])
     m.barrier()
     with when(part == 0):
         for other in range(1, parts):
             for i in range(len(sums)):
-                sums[i] = sums[i] + shared[at(other, i)]
+                sums[i] = sums[i] + T.reinterpret("float32", words[at(other, i)])
 
 
 @dataclass(frozen=True)
