@@ -55,11 +55,20 @@ def build(lowered, target: Target, path: Path | str, sources: Path | str | None 
 
 def machine_code(module: tvm.IRModule, machine: tvm.target.Target) -> tuple[Any, dict[str, int]]:
     """A module in the kernels form, planned and compiled within this process; -> it, and the facts of its memory."""
-    # Compaction looks for smaller buffers; kernels have none to give, and it is nine tenths of their compile time.
-    quick = tvm.transform.PassContext(disabled_pass=["s_tir.CompactBufferAllocation"])
-    with machine, quick:
+    with machine, passes(machine.kind.name):
         planned, memory = _plan(module)
         return relax.build(planned, machine, relax_pipeline=None, exec_mode="bytecode"), memory
+
+
+def passes(kind: str) -> tvm.transform.PassContext:
+    """What TVM's passes leave out when kernels are compiled for a kind of target of TVM.
+
+    Compaction looks for smaller buffers; kernels have none to give, and it is nine tenths of their compile time.
+    Storage rewriting gives two shared buffers of a GPU kernel the same memory where it thinks that one is no longer
+    used, without a barrier between their uses; AMD's code generator then takes that memory for global memory.
+    """
+    config = {} if kind == "llvm" else {"tirx.disable_storage_rewrite": True}
+    return tvm.transform.PassContext(config=config, disabled_pass=["s_tir.CompactBufferAllocation"])
 
 
 def export(executable, host: str, path: Path) -> None:

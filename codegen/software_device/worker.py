@@ -54,13 +54,13 @@ class Worker:
     def build(self, request: dict) -> tuple[Any, str]:
         import tvm
 
+        from ..library import passes
+
         target, strict = request["target"], request["strict"]
         key = hashlib.sha256(f"{request['kernel']} {target} {strict}".encode()).hexdigest()
         if key not in self.built:
             self.install(target["kind"], strict)
-            # As codegen/library.py builds them.
-            quick = tvm.transform.PassContext(disabled_pass=["s_tir.CompactBufferAllocation"])
-            with quick:
+            with passes(target["kind"]):
                 module = tvm.IRModule({request["name"]: tvm.ir.load_json(request["kernel"])})
                 compiled = tvm.compile(module, tvm.target.Target(target, host={"kind": "llvm"}))
             while len(self.built) >= _LIMIT:
