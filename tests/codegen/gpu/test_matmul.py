@@ -11,7 +11,7 @@ from llmc.codegen.gpu.matmul import matmul
 from llmc.codegen.software_device import check_all
 from tests.codegen.gpu.products import DTYPES, PAIRS, ROWS, Case
 
-EXECUTED = ("cuda:sm_90", "metal")
+EXECUTED = ("cuda:sm_90", "rocm:gfx942", "rocm:gfx1100", "rocm:gfx1201", "metal")
 
 # Small, of tiles' sizes and their multiples; ragged in columns, in depth, in both.
 SHAPES = [(64, 64), (200, 136), (33, 7), (1, 1), (72, 300), (264, 1032)]
