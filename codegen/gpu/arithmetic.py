@@ -28,7 +28,7 @@ class Arithmetic:
         return scalar
 
     def const(self, value: float) -> Any:
-        return T.float32(value)
+        return self.machine.number(value)
 
     def iconst(self, value: int) -> Any:
         return T.int32(value)
@@ -77,9 +77,9 @@ def _softplus(v: Arithmetic, x: Any) -> Any:
     y = v.machine.keep(v.machine.exp(T.min(x, -x)), "float32")
     s = T.bind(y / (y + T.float32(2)))
     z = T.bind(s * s)
-    p: Any = T.float32(1 / 15)
+    p: Any = v.const(1 / 15)
     for k in (13, 11, 9, 7, 5, 3, 1):
-        p = v.fma(p, z, T.float32(1 / k))
+        p = v.fma(p, z, v.const(1 / k))
     return v.fma(T.bind(p * T.float32(2)), s, T.max(x, T.float32(0)))
 
 

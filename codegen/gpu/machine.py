@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
@@ -334,13 +335,20 @@ class Machine:
 
     # Functions
 
+    def number(self, value: float) -> Any:
+        """A float32 constant, exactly. TVM prints seven digits of one in MSL, where nine are needed: its bits, then."""
+        exact = np.float32(value)
+        if self.language != "msl" or np.float32(f"{exact:.6e}") == exact:
+            return T.float32(value)
+        return T.reinterpret("float32", T.uint32(int(exact.view(np.uint32))))
+
     def exp2(self, x: Any) -> Any:
         """2**x; 0 far below, as for any difference with LEAST."""
         return self.keep(T.exp2(x), "float32")
 
     def exp(self, x: Any) -> Any:
         """e**x, within 2 ulp and the rounding of x · log2(e): 1e-7 · |x| relative."""
-        return self.exp2(x * T.float32(LOG2E))
+        return self.exp2(x * self.number(LOG2E))
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         """a * b + c, rounded once."""
@@ -350,7 +358,7 @@ class Machine:
 
     def tanh(self, x: Any) -> Any:
         """tanh(x) within 2e-7, after Cephes' tanhf; no library's, which overflow under fast math."""
-        f, keep = T.float32, lambda value: self.keep(value, "float32")
+        f, keep = self.number, lambda value: self.keep(value, "float32")
         x = keep(x)
         size = keep(T.min(T.max(x, -x), f(10)))  # tanh(10) is 1 in float32
         big = keep(f(1) - f(2) / (self.exp(size * f(2)) + f(1)))
@@ -375,7 +383,7 @@ class Machine:
         fma(k, -a, x), below 1, is exact; the two steps after it each round once, at 3e-8. Polynomials on ±π/4: Cephes'
         sinf and cosf.
         """
-        f, keep = T.float32, lambda value: self.keep(value, "float32")
+        f, keep = self.number, lambda value: self.keep(value, "float32")
         x = keep(x)
         k = self.keep(T.Cast("int32", T.floor(x * f(0.6366197723675814) + f(0.5))))
         r = x

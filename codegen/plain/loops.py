@@ -44,6 +44,7 @@ def expert_linear(
     experts: int, columns: int, depth: int, stride: int, weight: str, activation: str, ids: str, bias: str | None
 ) -> tvm.tirx.PrimFunc:
     """y[s] = x[s] @ w[ids[s]]^T + bias[ids[s]], w [experts, columns, stride]."""
+    biased = bias is not None
 
     @T.prim_func(private=True, s_tir=True)
     def product(x_h: T.handle, w_h: T.handle, ids_h: T.handle, bias_h: T.handle, y_h: T.handle):
@@ -58,12 +59,12 @@ def expert_linear(
             T.writes()
             total = T.sblock_alloc_buffer((1,), "float32")
             for i, j in T.grid(s, columns):
-                total[0] = T.Cast("float32", added[chosen[i], j]) if bias else T.float32(0)
+                total[0] = T.Cast("float32", added[chosen[i], j]) if biased else T.float32(0)
                 for k in T.serial(depth):
                     total[0] = total[0] + T.Cast("float32", x[i, k]) * T.Cast("float32", w[chosen[i], j, k])
                 y[i, j] = T.Cast(activation, total[0])
 
-    params = [p for i, p in enumerate(product.params) if bias or i != 3]
+    params = [p for i, p in enumerate(product.params) if biased or i != 3]
     return _finished(tvm.tirx.PrimFunc(params, product.body, product.ret_type, product.attrs))
 
 

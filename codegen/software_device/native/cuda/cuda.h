@@ -80,7 +80,7 @@ VECTORS(unsigned long long, ulonglong)
 #undef VECTORS
 
 #define __syncthreads() device_barrier(SPACE_SHARED | SPACE_GLOBAL)
-DEVICE_INLINE void __syncwarp(unsigned mask = ~0u) { device_warp_barrier(mask, SPACE_SHARED | SPACE_GLOBAL); }
+DEVICE_CONVERGENT DEVICE_INLINE void __syncwarp(unsigned mask = ~0u) { device_warp_barrier(mask, SPACE_SHARED | SPACE_GLOBAL); }
 DEVICE_INLINE void __threadfence() {}
 DEVICE_INLINE void __threadfence_block() {}
 DEVICE_INLINE unsigned __activemask() { return (unsigned)device_present(); }
