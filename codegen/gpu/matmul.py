@@ -13,7 +13,7 @@ from llmc.targets.gpu import GpuTarget
 from ..epilogue import Epilogue
 from . import gemm, gemv, simt
 from .machine import Machine, choose, i64, kernel, when
-from .matrix_units import matrix_unit
+from .matrix_units import MatrixUnit, matrix_unit
 from .product import Operands, Product, RowMap
 
 FEW = (1, 4, 8)  # rows for which there is a matrix-vector kernel
@@ -66,9 +66,9 @@ def matmul(
 
             return launch
 
-        def on_unit(tiling: gemm.Tiling) -> Callable[[], None]:
+        def on_unit(unit: MatrixUnit, tiling: gemm.Tiling) -> Callable[[], None]:
             def emit(rows: RowMap, column_tile: Any) -> None:
-                gemm.tile(operands, matrix_unit(machine, product), rows, tiling, column_tile)
+                gemm.tile(operands, unit, rows, tiling, column_tile)
 
             tiles = tiling.column_map(product, unit).tiles
             return tiled(tiling.rows, tiling.warps * target.warp, tiles, emit)
@@ -80,11 +80,11 @@ def matmul(
                          lambda rows, column_tile: simt.tile(operands, rows, column_tile))  # fmt: skip
         else:
             short, middle, large = gemm.tilings(target)
-            cases.append((n <= 2 * short.rows, on_unit(short)))
+            cases.append((n <= 2 * short.rows, on_unit(unit, short)))
             # Blocks of the large tiling read less, where there are enough of them for the whole machine.
             blocks = T.floordiv(n + (large.rows - 1), T.int64(large.rows)) * large.column_map(product, unit).tiles
-            cases.append((blocks < target.multiprocessors, on_unit(middle)))
-            many = on_unit(large)
+            cases.append((blocks < target.multiprocessors, on_unit(unit, middle)))
+            many = on_unit(unit, large)
         if batch_invariant:
             cases = cases[len(FEW) + 1 :]
         with when(n > 0):

@@ -60,7 +60,7 @@ class MatrixUnit(Protocol):
         """A lane's part of a fragment's operand: rows of x, or of W."""
 
     def sums(self, fragments: int) -> Any:
-        """Sums of so many fragments, all 0."""
+        """Sums of so many fragments, all 0; asked for once in every kernel."""
 
     def multiply(self, sums: Any, fragment: int, x: Any, w: Any) -> None:
         """Add the products of two operands to a fragment's sums."""
@@ -82,7 +82,8 @@ def matrix_unit(machine: Machine, product: Product) -> MatrixUnit | None:
         return Simdgroup(machine, "float16" if half else "float32")
     if product.weight != dtype or dtype not in target.dtypes:
         return None
-    return {"mma": Mma, "mfma": Mfma, "wmma": Wmma, "wmma12": Wmma12}[target.matrix_unit](machine, dtype)
+    units: dict[str, type[_Words]] = {"mma": Mma, "mfma": Mfma, "wmma": Wmma, "wmma12": Wmma12}
+    return units[target.matrix_unit](machine, dtype)
 
 
 class _Words:
@@ -130,6 +131,9 @@ class _Words:
         registers = self.machine.registers(fragments * self.lane_sums)
         registers.fill(0)
         return registers
+
+    def multiply(self, sums: Registers, fragment: int, x: Registers, w: Registers) -> None:
+        raise NotImplementedError
 
     def results(self, sums: Registers, fragments: Sequence[int]) -> Iterator[Place]:
         for row, column, first, step in self.places():
@@ -314,6 +318,7 @@ class Simdgroup:
         return matrix
 
     def sums(self, fragments: int) -> Any:
+        self.staging = None
         matrices = T.alloc_buffer((64 * fragments,), "float32", scope="metal.simdgroup")
         for i in range(fragments):
             T.evaluate(T.metal.make_filled_simdgroup_matrix(matrices.data, i, T.float32(0), 8, 8))

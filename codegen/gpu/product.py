@@ -88,12 +88,13 @@ class Operands:
     y: Memory
     bias: Memory | None = None
     residual: Memory | None = None
-    ids: Memory | None = None
 
     @classmethod
     def of(cls, product: Product, machine: Machine, buffers: Sequence[Any], ids: str | None = None) -> Operands:
+        """From the buffers of product.params(ids)."""
         names = [name for name, _, _ in product.params(ids)]
-        return cls(product, machine, **{name: Memory(b) for name, b in zip(names, buffers, strict=True)})
+        memories = {name: Memory(b) for name, b in zip(names, buffers, strict=True) if name != "ids"}
+        return cls(product, machine, **memories)
 
     def finish(
         self, row: Any, column: Any, sums: Sequence[Any], partners: Sequence[Any] = (), lead: Any = None
