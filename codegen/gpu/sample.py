@@ -18,6 +18,8 @@ __all__ = ["sample"]
 THREADS = 256  # of a block; a block has a row
 DIGIT = 4  # bits of a key that one pass over the row decides
 DIGITS = 1 << DIGIT
+NAN = -(1 << 31)  # the key of a NaN: below all others
+MINUS_INFINITY = -0x7F800001  # its key
 
 
 def sample(target: GpuTarget, vocab: int, *, name: str = "sample") -> tvm.tirx.PrimFunc:
@@ -52,17 +54,16 @@ class _Row:
         self.top_k, self.top_p, self.min_p = (m.keep(b[self.row], str(b.dtype)) for b in (top_k, top_p, min_p))
         self.temperature, self.uniform = (m.keep(b[self.row], "float32") for b in (temperature, uniforms))
         warps = THREADS // m.warp
-        self.words, self.numbers = m.shared(warps, "uint32"), m.shared(warps)
+        self.words, self.numbers = m.shared(warps, "int32"), m.shared(warps)
         self.digits = m.shared(warps * DIGITS)
         self.sums = m.shared(THREADS)
 
     def emit(self) -> None:
         m = self.m
         self.find_best()
-        with T.If(T.Or(self.best_key == T.uint32(0), self.temperature == T.float32(0))):
+        with T.If(T.Or(self.best < 0, self.temperature == T.float32(0))):
             with T.Then(), when(m.thread == 0):
-                found = T.Select(self.best_key == T.uint32(0), T.int32(-1), self.best)
-                T.buffer_store(self.tokens, found, [self.row])
+                T.buffer_store(self.tokens, self.best, [self.row])
             with T.Else():
                 self.draw()
 
@@ -75,67 +76,59 @@ class _Row:
             each(at, self.key(at))
 
     def key(self, at: Any) -> Any:
-        """A logit's place in the order of floats as an unsigned number (all bits flipped, or the sign); NaN is 0."""
-        word = self.m.keep(T.reinterpret("uint32", self.logits[self.base + i64(at)]), "uint32")
-        negative = T.shift_right(word, T.uint32(31)) == T.uint32(1)
-        flipped = T.Select(
-            negative, T.bitwise_xor(word, T.uint32(0xFFFFFFFF)), T.bitwise_xor(word, T.uint32(0x80000000))
-        )
-        nan = T.bitwise_and(word, T.uint32(0x7FFFFFFF)) > T.uint32(0x7F800000)
-        return self.m.keep(T.Select(nan, T.uint32(0), flipped), "uint32")
+        """A logit's place in the order of floats, as a signed number; NaN where it is none."""
+        word = self.m.keep(T.reinterpret("int32", self.logits[self.base + i64(at)]))
+        nan = T.bitwise_and(word, T.int32(0x7FFFFFFF)) > T.int32(0x7F800000)
+        return self.m.keep(T.Select(nan, T.int32(NAN), turned(word)))
+
+    def logit(self, key: Any) -> Any:
+        """The logit that a key stands for."""
+        return self.m.keep(T.reinterpret("float32", turned(key)), "float32")
 
     def weight(self, key: Any) -> Any:
         """exp((logit - best) / temperature) of a key."""
-        positive = T.shift_right(key, T.uint32(31)) == T.uint32(1)
-        word = T.Select(positive, T.bitwise_xor(key, T.uint32(0x80000000)), T.bitwise_xor(key, T.uint32(0xFFFFFFFF)))
         # -inf less a number is no number under fast math: the smallest finite logit has weight 0 as well.
-        logit = T.max(T.reinterpret("float32", word), T.float32(-3e38))
+        logit = T.max(self.logit(key), T.float32(-3e38))
         return self.m.exp2(T.max((logit - self.best_logit) * self.scale, T.float32(-1e30)))
 
     # The best token
 
     def find_best(self) -> None:
-        """best_key: the highest key, 0 where a logit is NaN or all are -inf; best: the lowest id that has it."""
+        """best_key: the highest key; best: the lowest id that has it, -1 where a logit is NaN or all are -inf."""
         m = self.m
-        highest, lowest = m.registers(1, "uint32"), m.registers(1, "uint32")
-        highest[0], lowest[0] = T.uint32(0), T.uint32(0xFFFFFFFF)
+        highest, lowest = m.registers(1, "int32"), m.registers(1, "int32")
+        highest[0], lowest[0] = T.int32(NAN), T.int32(0x7FFFFFFF)
 
         def look(at: Any, key: Any) -> None:
             highest[0] = T.max(highest[0], key)
             lowest[0] = T.min(lowest[0], key)
 
         self.over(look)
-        top = m.block_reduce(T.max, T.bind(highest[0]), self.words)
+        self.best_key = m.block_reduce(T.max, T.bind(highest[0]), self.words)
         m.barrier()
         bottom = m.block_reduce(T.min, T.bind(lowest[0]), self.words)
         m.barrier()
-        minus_infinity = T.uint32(0x007FFFFF)  # its key
-        fine = T.And(bottom > T.uint32(0), top > minus_infinity)
-        self.best_key = m.keep(T.Select(fine, top, T.uint32(0)), "uint32")
-        first = m.registers(1, "uint32")
-        first[0] = T.uint32(self.vocab)
+        first = m.registers(1, "int32")
+        first[0] = T.int32(self.vocab)
 
         def equal(at: Any, key: Any) -> None:
-            with when(key == top):
-                first[0] = T.min(first[0], T.Cast("uint32", at))
+            with when(key == self.best_key):
+                first[0] = T.min(first[0], at)
 
         self.over(equal)
-        self.best = m.keep(T.Cast("int32", m.block_reduce(T.min, T.bind(first[0]), self.words)))
+        found = m.block_reduce(T.min, T.bind(first[0]), self.words)
         m.barrier()
+        fine = T.And(bottom > T.int32(NAN), self.best_key > T.int32(MINUS_INFINITY))
+        self.best = m.keep(T.Select(fine, found, T.int32(-1)))
 
     # A draw
 
     def draw(self) -> None:
         m = self.m
-        word = T.Select(
-            T.shift_right(self.best_key, T.uint32(31)) == T.uint32(1),
-            T.bitwise_xor(self.best_key, T.uint32(0x80000000)),
-            T.bitwise_xor(self.best_key, T.uint32(0xFFFFFFFF)),
-        )
-        self.best_logit = m.keep(T.reinterpret("float32", word), "float32")
+        self.best_logit = self.logit(self.best_key)
         self.scale = m.keep(T.float32(LOG2E) / T.max(self.temperature, T.float32(1e-6)), "float32")
-        least = m.registers(1, "uint32")  # keys below it are not drawn
-        least[0] = T.uint32(1)
+        least = m.registers(1, "int32")  # keys below it are not drawn
+        least[0] = T.int32(MINUS_INFINITY)
         with when(T.And(self.top_k > 0, self.top_k < self.vocab)):
             wanted = m.keep(T.Cast("float32", self.top_k), "float32")  # exact up to 2**24 tokens
             least[0] = self.threshold(lambda key: T.float32(1), wanted, T.bind(least[0]))
@@ -172,21 +165,23 @@ class _Row:
         The highest digit of the keys is decided first: sums for each of its values, from the highest value down until
         they reach what is wanted; then the next digit, of the keys that begin so.
         """
-        m, u = self.m, T.uint32
-        prefix, above = m.registers(1, "uint32"), m.registers(1)
-        prefix[0], above[0] = u(0), T.float32(0)
+        m = self.m
+        prefix, above = m.registers(1, "int32"), m.registers(1)  # of the key with its sign turned
+        prefix[0], above[0] = T.int32(0), T.float32(0)
         sums = m.registers(DIGITS)
-        for shift in range(32 - DIGIT, -1, -DIGIT):
+        with T.serial(0, 32 // DIGIT) as turn:
+            shift = m.keep(32 - DIGIT - turn * DIGIT)
             sums.fill(0)
             begun = T.bind(prefix[0])
 
-            def add(at: Any, key: Any, shift: int = shift, begun: Any = begun) -> None:
-                alike = T.shift_right(T.shift_right(T.bitwise_xor(key, begun), u(shift)), u(DIGIT)) == u(0)
-                with when(T.And(alike, key >= floor)):
+            def add(at: Any, key: Any) -> None:
+                place = m.keep(T.bitwise_xor(key, T.int32(NAN)))
+                differs = m.keep(T.shift_right(T.shift_right(T.bitwise_xor(place, begun), shift), T.int32(DIGIT)))
+                with when(T.And(key >= floor, T.Or(turn == 0, differs == 0))):
                     value = m.keep(measure(key), "float32")
-                    digit = m.keep(T.bitwise_and(T.shift_right(key, u(shift)), u(DIGITS - 1)), "uint32")
+                    digit = m.keep(T.bitwise_and(T.shift_right(place, shift), T.int32(DIGITS - 1)))
                     for d in range(DIGITS):
-                        sums[d] = sums[d] + T.Select(digit == u(d), value, T.float32(0))
+                        sums[d] = sums[d] + T.Select(digit == d, value, T.float32(0))
 
             self.over(add)
             for d in range(DIGITS):
@@ -194,23 +189,24 @@ class _Row:
                 with when(m.lane == 0):
                     T.buffer_store(self.digits, warp_sum, [m.warp_number * DIGITS + d])
             m.barrier()
-            chosen, decided, reached = m.registers(1, "uint32"), m.registers(1, "int32"), m.registers(1)
-            chosen[0], decided[0], reached[0] = u(0), T.int32(0), T.bind(above[0])
+            chosen, decided, reached = m.registers(1, "int32"), m.registers(1, "int32"), m.registers(1)
+            chosen[0], decided[0], reached[0] = T.int32(0), T.int32(0), T.bind(above[0])
             for d in reversed(range(DIGITS)):
                 found = T.float32(0)
                 for w in range(THREADS // m.warp):
                     found = found + self.digits[w * DIGITS + d]
                 found = m.keep(found, "float32")
                 with when(T.And(decided[0] == 0, found > T.float32(0))):
-                    chosen[0] = u(d)
+                    chosen[0] = T.int32(d)
                     above[0] = reached[0]
                     reached[0] = reached[0] + found
                     # Rounding may leave the sums below what is wanted: then the lowest digit there is stands.
                     with when(reached[0] >= wanted):
                         decided[0] = T.int32(1)
-            prefix[0] = T.bitwise_or(prefix[0], T.shift_left(chosen[0], u(shift)))
+            prefix[0] = T.bitwise_or(prefix[0], T.shift_left(chosen[0], shift))
             m.barrier()
-        return T.bind(T.max(prefix[0], floor))
+        found = m.keep(T.bitwise_xor(prefix[0], T.int32(NAN)))
+        return T.bind(T.max(found, floor))
 
     def choose(self) -> None:
         """The token at the share `uniform` of the kept weights, which stand in the order of threads, then of ids."""
@@ -229,9 +225,10 @@ class _Row:
         with T.serial(0, THREADS) as j:
             with when(j == m.thread):
                 own_start[0] = before[0]
-            with when(self.sums[j] > T.float32(0)):
+            found = m.keep(self.sums[j], "float32")
+            with when(found > T.float32(0)):
                 last[0] = j
-            before[0] = before[0] + self.sums[j]
+            before[0] = before[0] + found
         aim = m.keep(self.uniform * before[0], "float32")
         inside = T.And(own_start[0] <= aim, aim < own_start[0] + mine[0])
         # A share that rounds up to all of the sum belongs to the last thread that has any.
@@ -250,3 +247,8 @@ class _Row:
 
             self.over(walk)
             T.buffer_store(self.tokens, token[0], [self.row])
+
+
+def turned(word: Any) -> Any:
+    """A float's bits, int32, as a number of the same order, and back: of negative ones all bits but the sign flip."""
+    return T.Select(word < 0, T.bitwise_xor(word, T.int32(0x7FFFFFFF)), word)

@@ -121,7 +121,10 @@ def move(choice, values, n):
         "concat": lambda: R.concat([x, y], axis),
         "slice": lambda: R.strided_slice(x, [axis], [number % 2], [size]),
         "expand": lambda: R.expand_dims(x, axis),
-        "gather": lambda: R.gather_elements(x, R.argsort(y, axis, dtype="int64"), axis),
+        # Relax does not check the axis of an argsort: a y without that axis would be a program of no meaning.
+        "gather": lambda: R.gather_elements(
+            x, R.argsort(y if len(y.ty.shape) == rank else x, axis, dtype="int64"), axis
+        ),
     }[name]()
 
 
