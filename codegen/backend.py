@@ -47,6 +47,10 @@ class Backend(Protocol):
     def copy_pages(self, page: tuple[int, ...], dtype: str) -> tvm.tirx.PrimFunc:
         """Page to[i] becomes a copy of page from[i], in place: copy_pages(pages, from, to)."""
 
+    def sample(self, vocab: int) -> tvm.tirx.PrimFunc | None:
+        """tokens [m] drawn from logits [m, vocab]; None where the runtime draws them from its own memory:
+        sample(logits, temperature, top_k, top_p, min_p, uniforms, tokens)."""
+
     def row_kernel(self, program: Program, name: str, params: Params) -> tvm.tirx.PrimFunc:
         """The kernel of a program of one token's values; params: its inputs, then its outputs."""
 

@@ -11,6 +11,7 @@ from tvm import relax
 from llmc.ir.errors import CompileError
 from llmc.ir.kernels_form import check_kernels
 
+from .add_sample import AddSample
 from .bundle_arguments import AddCopyPages, BundleArguments
 from .fuse_rows import FuseRows
 from .legalize import Legalize
@@ -43,6 +44,7 @@ KERNELS = Stage(
         LiftWeights(),
         FuseRows(),
         AddCopyPages(),
+        AddSample(),
         BundleArguments(),
         Legalize(),
     ),
@@ -54,10 +56,10 @@ KERNELS = Stage(
 class Lowered:
     """A module in the kernels form, and how its weights are made.
 
-    module: embed, step, copy_pages_{g} and the kernels they call. weights: function -> names of its weights, in the
-    order of its last argument. recipes: name -> Relax function over checkpoint weights, whose attribute "llmc.sources"
-    names them. kernels: facts of every kernel, for the manifest. reference: what the module computes, in plain loops
-    (`plain.reference`), for a GPU target.
+    module: embed, step, copy_pages_{g}, perhaps sample, and the kernels they call. weights: function -> names of its
+    weights, in the order of its last argument. recipes: name -> Relax function over checkpoint weights, whose attribute
+    "llmc.sources" names them. kernels: facts of every kernel, for the manifest. reference: what the module computes, in
+    plain loops (`plain.reference`), for a GPU target.
     """
 
     module: tvm.IRModule
@@ -87,6 +89,8 @@ def lowered(module: tvm.IRModule, reference: tvm.IRModule | None = None) -> Lowe
     """A module that has been through KERNELS, taken apart into what is built and what is written."""
     recipes = {str(k): v for k, v in module.attrs[RECIPES].items()}
     weights = {f: [str(n) for n in module[f].attrs["llmc.weights"]] for f in ("embed", "step")}
+    if any(v.name_hint == "sample" for v in module.functions):
+        weights["sample"] = []
     return Lowered(module.without_attr(RECIPES), weights, recipes, kernel_facts(module), reference)
 
 

@@ -18,8 +18,8 @@ FREE = {"reshape", "memory.view", "memory.ensure_zero_offset"}
 
 def check_kernels(module: tvm.IRModule) -> None:
     """The kernels form: embed(tokens, weights), step(hidden, positions, qo_indptr, logit_rows, tables..., pages,
-    weights), and copy_pages_{g}(source, target, pages) for every group. Pages and weights are tuples; only PrimFuncs
-    are called.
+    weights), copy_pages_{g}(source, target, pages) for every group, and perhaps sample(logits, then how to draw from
+    each row). Pages and weights are tuples; only PrimFuncs are called.
 
     Raises FormError: expected, found, where.
     """
@@ -32,6 +32,8 @@ def check_kernels(module: tvm.IRModule) -> None:
     groups = len(json.loads(str(state)))
     # name -> (tensors, tuples); the tensors of step are hidden, positions, qo_indptr, logit_rows, three tables a group.
     signatures = {"embed": (1, 1), "step": (4 + 3 * groups, 2)} | {f"copy_pages_{g}": (2, 1) for g in range(groups)}
+    if any(v.name_hint == "sample" for v in module.functions):
+        signatures["sample"] = (6, 0)
     for name, (tensors, tuples) in signatures.items():
         if name not in {v.name_hint for v in module.functions}:
             raise FormError(f"kernels form: expected a function {name!r}, found {_public(module)}")

@@ -6,14 +6,24 @@ calls them). Jobs come in from any thread and join the batch at the next step.
 
 import threading
 from collections import deque
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .errors import RequestError
-from .executor import Executor, Table, aligned
+from .executor import Draws, Executor, Table, aligned
 from .pages import Pages
 from .request import Job
+from .sampler import GREEDY, Draw
 from .scheduler import Plan, Scheduler, Sequence
+
+
+class Answers(NamedTuple):
+    """What a step gave: logits [m, vocab] where a job asked for them, tokens [m] of the jobs in `drawn`."""
+
+    logits: Any
+    tokens: Any
+    drawn: set[Job]
 
 
 class Engine:
@@ -87,11 +97,11 @@ class Engine:
         while self._ready():
             plan = self._scheduler.schedule()
             try:
-                logits = self._step(plan)
+                answers = self._step(plan)
             except Exception as error:
                 self._fail(plan, error)
             else:
-                self._take(plan, logits)
+                self._take(plan, answers)
 
     def _ready(self) -> bool:
         """Wait until there is something to compute; False when the engine closes."""
@@ -117,7 +127,7 @@ class Engine:
             self._jobs[job.sequence] = job
             self._scheduler.add(job.sequence)
 
-    def _step(self, plan: Plan) -> np.ndarray:
+    def _step(self, plan: Plan) -> Answers:
         executor, pages = self.executor, self.pages
         if pages.copies:
             for group in range(len(pages.groups)):
@@ -127,9 +137,17 @@ class Engine:
             pages.copied()
         tokens, positions, qo_indptr, logit_rows, tables = self._batch.fill(plan)
         self.steps += 1
-        return executor.step(executor.embed(tokens), positions, qo_indptr, logit_rows, tables)
+        logits = executor.step(executor.embed(tokens), positions, qo_indptr, logit_rows, tables)
+        if not executor.samples:
+            return Answers(executor.fetch(logits), None, set())
+        asking = [(self._jobs[s], rows) for s, first, count in plan if (rows := wanted_rows(s, first, count))]
+        draws = [(job.draw(), rows) for job, rows in asking]
+        drawn = {job for (job, _), (draw, _) in zip(asking, draws, strict=True) if draw is not None}
+        # What a request draws may not depend on the others: a row that can be drawn there is, whoever wants logits.
+        chosen = executor.sample(logits, columns(draws)) if drawn else None
+        return Answers(executor.fetch(logits) if len(drawn) < len(asking) else None, chosen, drawn)
 
-    def _take(self, plan: Plan, logits: np.ndarray) -> None:
+    def _take(self, plan: Plan, answers: Answers) -> None:
         self._scheduler.advance(plan)
         start = 0
         for sequence, first, count in plan:
@@ -138,7 +156,11 @@ class Engine:
                 continue
             job = self._jobs[sequence]
             try:
-                done = job.accept(logits[start : start + rows])
+                done = (
+                    job.take(int(answers.tokens[start]))
+                    if job in answers.drawn
+                    else job.accept(answers.logits[start : start + rows])
+                )
             except Exception as error:
                 self._end(job, error)
             else:
@@ -157,6 +179,13 @@ class Engine:
         for sequence, _, _ in plan:
             self._end(self._jobs[sequence], error)
         self.pages.forget()
+
+
+def columns(draws: list[tuple[Draw | None, int]]) -> Draws:
+    """Draws and their rows as arrays; rows of no draw are as good as any."""
+    rows = [draw or GREEDY for draw, count in draws for _ in range(count)]
+    dtypes = (np.float32, np.int32, np.float32, np.float32, np.float32)
+    return Draws(*(np.array(column, dtype) for column, dtype in zip(zip(*rows, strict=True), dtypes, strict=True)))
 
 
 def wanted_rows(sequence: Sequence, first: int, count: int) -> int:

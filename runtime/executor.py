@@ -23,8 +23,24 @@ class Table(NamedTuple):
     kv_last_page_len: np.ndarray
 
 
+class Draws(NamedTuple):
+    """How the token of each row of logits is to be drawn, arrays [m]: see `Sampling`; uniforms are in [0, 1)."""
+
+    temperature: np.ndarray
+    top_k: np.ndarray
+    top_p: np.ndarray
+    min_p: np.ndarray
+    uniforms: np.ndarray
+
+
 class Executor(Protocol):
-    """The compiled functions of a model, called from one thread only. Page 0 of each group is scratch."""
+    """The compiled functions of a model, called from one thread only. Page 0 of each group is scratch.
+
+    samples: whether `sample` may be called; where logits are in this process's memory anyway, it may not.
+    """
+
+    @property
+    def samples(self) -> bool: ...
 
     @property
     def groups(self) -> Sequence[StateGroup]:
@@ -39,8 +55,15 @@ class Executor(Protocol):
 
     def step(
         self, hidden: Any, positions: np.ndarray, qo_indptr: np.ndarray, logit_rows: np.ndarray, tables: Sequence[Table]
-    ) -> np.ndarray:
-        """positions [1, n], qo_indptr [b+1], logit_rows [m] i32, a table a group -> logits [m, vocab] float32."""
+    ) -> Any:
+        """positions [1, n], qo_indptr [b+1], logit_rows [m] i32, a table a group -> logits [m, vocab] float32, of
+        whatever kind `sample` and `fetch` take; they hold until the next step."""
+
+    def sample(self, logits: Any, draws: Draws) -> np.ndarray:
+        """Logits of a step and how to draw from their rows -> tokens [m] i32, -1 where logits are no numbers."""
+
+    def fetch(self, logits: Any) -> np.ndarray:
+        """Logits of a step as an array [m, vocab] float32."""
 
     def copy_pages(self, group: int, source: Sequence[int], target: Sequence[int]) -> None:
         """Copy whole pages within a group, in all its tensors. Sources and targets are disjoint."""

@@ -7,7 +7,7 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from .sampler import Sampler, Sampling, TokenLogprob, best, log_sum_exp
+from .sampler import GREEDY, Draw, Sampler, Sampling, TokenLogprob, best, log_sum_exp
 from .scheduler import Sequence
 from .text import Detokenizer
 
@@ -52,6 +52,14 @@ class Job:
 
     def accept(self, logits: np.ndarray) -> bool:
         """Take the logits of this step's rows [k, vocab]; True when nothing more is wanted. Called by the engine."""
+        raise NotImplementedError
+
+    def draw(self) -> Draw | None:
+        """How its next token is to be drawn from its row of logits; None where it wants the logits themselves."""
+        return None
+
+    def take(self, token: int) -> bool:
+        """Take the token that was drawn as `draw` said; True when nothing more is wanted. Called by the engine."""
         raise NotImplementedError
 
     def finish(self, error: BaseException | None = None) -> None:
@@ -100,11 +108,22 @@ class Request(Job):
         self._reason = ""  # until it has one
 
     def accept(self, logits: np.ndarray) -> bool:
-        sequence, sampling = self.sequence, self.sampling
         if self._sampler is None:
-            token, logprob = best(logits[-1]), None
-        else:
-            token, logprob = self._sampler.choose(logits[-1], sequence.length)
+            return self._go_on(best(logits[-1]), None)
+        return self._go_on(*self._sampler.choose(logits[-1], self.sequence.length))
+
+    def draw(self) -> Draw | None:
+        if self._sampler is None:
+            return GREEDY
+        return self._sampler.draw(self.sequence.length)
+
+    def take(self, token: int) -> bool:
+        if token < 0:
+            raise FloatingPointError("the model's logits are no numbers: it overflowed")
+        return self._go_on(token, None)
+
+    def _go_on(self, token: int, logprob: TokenLogprob | None) -> bool:
+        sequence, sampling = self.sequence, self.sampling
         self._ids.append(token)
         text = ""
         if token in self._ends:

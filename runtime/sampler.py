@@ -119,6 +119,19 @@ def _sequence(name: str, value: Any, what: str) -> Sequence:
     return list(value)
 
 
+class Draw(NamedTuple):
+    """What a drawing of one token from a row of logits needs: the filters, and a number in [0, 1)."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    uniform: float
+
+
+GREEDY = Draw(0.0, 0, 1.0, 0.0, 0.0)
+
+
 class Sampler:
     """Chooses the tokens of one request. Keeps what its penalties need to know of the tokens so far."""
 
@@ -151,6 +164,13 @@ class Sampler:
         if sampling.penalised:
             self._counts[token] = self._counts.get(token, 0) + 1
         return token, None if sampling.logprobs is None else logprob(raw, token, sampling.logprobs)
+
+    def draw(self, position: int) -> Draw | None:
+        """How the token at `position` is drawn where nothing but the row itself decides; None where more does."""
+        s = self.sampling
+        if s.penalised or s.logprobs is not None or (s.min_tokens and len(self._hidden)):
+            return None
+        return Draw(s.temperature, s.top_k, s.top_p, s.min_p, uniform(self.seed, position))
 
     def _penalise(self, logits: np.ndarray) -> np.ndarray:
         sampling, logits = self.sampling, logits.copy()

@@ -63,6 +63,11 @@ class GpuBackend:
 
         return copy_pages(self.target, page, dtype)
 
+    def sample(self, vocab):
+        from .sample import sample
+
+        return sample(self.target, vocab)
+
     def row_kernel(self, program, name, params):
         from .rows import row_kernel
 

@@ -14,7 +14,7 @@ import numpy as np
 from ..artifact import Manifest, TargetEntry, check, inside
 from ..dlpack import CPU, View
 from ..errors import ArtifactError, RequestError
-from ..executor import Table, aligned, aligned_copy, page_bytes
+from ..executor import Draws, Table, aligned, aligned_copy, page_bytes
 from ..libraries import ffi, function, open_library, open_runtime
 from ..weights import DTYPES, Spec
 from . import drivers, pages_of, token_bytes
@@ -116,6 +116,7 @@ class GpuExecutor:
         self._all_pages: Any = convert([tensor for tensors in pools for tensor in tensors])
         self._embed, self._step = function(machine, target, "embed"), function(machine, target, "step")
         self._copies: Any = [function(machine, target, f"copy_pages_{i}") for i in range(len(target.state))]
+        self._sample: Any = function(machine, target, "sample") if "sample" in target.functions else None
         self._machine = machine
         self._first_row = aligned(1)
 
@@ -154,14 +155,29 @@ class GpuExecutor:
 
     def step(
         self, hidden: Any, positions: np.ndarray, qo_indptr: np.ndarray, logit_rows: np.ndarray, tables: Sequence[Table]
-    ) -> np.ndarray:
+    ) -> tuple[Any, int]:
+        """-> the device's tensor, and how many of its rows were asked for."""
         rows = len(logit_rows)  # compiled code takes no empty tensor: ask for a row then, and drop it
         asked = logit_rows if rows else self._first_row
         placed = self._runtime.place(
             "step", [positions, qo_indptr, asked, *(array for table in tables for array in table)]
         )
-        logits = self._runtime.fetch(self._step(hidden, *placed, self._all_pages, self._weights["step"]))
-        return logits if rows else logits[:0]
+        return self._step(hidden, *placed, self._all_pages, self._weights["step"]), rows
+
+    def fetch(self, logits: tuple[Any, int]) -> np.ndarray:
+        tensor, rows = logits
+        return self._runtime.fetch(tensor)[:rows]
+
+    @property
+    def samples(self) -> bool:
+        return self._sample is not None
+
+    def sample(self, logits: tuple[Any, int], draws: Draws) -> np.ndarray:
+        tensor, rows = logits
+        if not rows:
+            return np.empty(0, np.int32)
+        placed = self._runtime.place("sample", list(draws))
+        return self._runtime.fetch(self._sample(tensor, *placed))
 
     def copy_pages(self, group: int, source: Sequence[int], target: Sequence[int]) -> None:
         pairs = aligned(len(source)), aligned(len(target))
@@ -170,7 +186,7 @@ class GpuExecutor:
 
     def close(self) -> None:
         self._weights = self._all_pages = self._group_pages = None
-        self._embed = self._step = self._copies = self._machine = None
+        self._embed = self._step = self._sample = self._copies = self._machine = None
         self._runtime.close()
 
 
@@ -211,7 +227,7 @@ class _Runtime:
         self._from_bytes(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)
 
     def place(self, use: str, arrays: Sequence[np.ndarray]) -> list[Any]:
-        """int32 arrays as tensors of the device, until the next call for the same use."""
+        """Arrays of int32 or float32 as tensors of the device, until the next call for the same use."""
         arrays = [aligned_copy(a) for a in arrays]
         ends = np.cumsum([-(-max(a.nbytes, 1) // APART) * APART for a in arrays])
         if not self.views:
@@ -220,8 +236,8 @@ class _Runtime:
         whole = aligned(int(ends[-1]) // 4)
         views = []
         for array, end in zip(arrays, [0, *ends[:-1]], strict=True):
-            whole[end // 4 : end // 4 + array.size] = array.reshape(-1)
-            views.append(View(piece.data_ptr() + int(end), array.shape, "int32", self.device))
+            whole[end // 4 : end // 4 + array.size] = array.reshape(-1).view(np.int32)
+            views.append(View(piece.data_ptr() + int(end), array.shape, array.dtype.name, self.device))
         self._copy_part(piece, whole)
         self._sent[use] = views
         return [self.ffi.from_dlpack(view) for view in views]
@@ -229,7 +245,7 @@ class _Runtime:
     def _alone(self, use: str, array: np.ndarray) -> Any:
         piece = self._piece(use, max(array.nbytes, 4))
         self._copy_part(piece, array)
-        view = View(piece.data_ptr(), array.shape, "int32", self.device)
+        view = View(piece.data_ptr(), array.shape, array.dtype.name, self.device)
         self._sent[use] = [view]
         return self.ffi.from_dlpack(view)
 
@@ -242,7 +258,7 @@ class _Runtime:
 
     def _copy_part(self, piece: Any, array: np.ndarray) -> None:
         """The array to the beginning of a piece."""
-        view = View(piece.data_ptr(), (array.size,), "int32", self.device)
+        view = View(piece.data_ptr(), (array.size,), array.dtype.name, self.device)
         self._copy(self.ffi.from_dlpack(view), np.ascontiguousarray(array))
 
     def fetch(self, tensor: Any) -> np.ndarray:

@@ -76,6 +76,7 @@ class FakeExecutor:
     fail_at: int | None = None  # raise in this step
     hold: threading.Event | None = None  # each step waits for it
     closed: bool = False
+    samples: bool = False  # it draws tokens too: those of the best logit
 
     def __post_init__(self):
         # A page that was never written is full of what no token is.
@@ -83,6 +84,7 @@ class FakeExecutor:
             np.full((n, g.page_size), 424_242, np.int64) for n, g in zip(self.pages, self.groups, strict=True)
         ]
         self.thread = None
+        self.fetched = 0
 
     def embed(self, tokens):
         assert self.thread in (None, threading.get_ident()), "compiled code was called from two threads"
@@ -106,6 +108,18 @@ class FakeExecutor:
             np.stack([logits_of(int(x[r])) for r in logit_rows])
             if len(logit_rows)
             else np.zeros((0, VOCAB), np.float32)
+        )
+
+    def fetch(self, logits):
+        self.fetched += 1
+        return logits
+
+    def sample(self, logits, draws):
+        """Whatever is drawn by whom, the token is told from its number: the best, moved by the share."""
+        assert all(len(column) == len(logits) for column in draws)
+        best = logits.argmax(1)
+        return np.where(draws.temperature == 0, best, (best + (draws.uniforms * VOCAB).astype(int)) % VOCAB).astype(
+            "i4"
         )
 
     def _layer(self, g, group, x, positions, qo_indptr, table):

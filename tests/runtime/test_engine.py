@@ -203,3 +203,31 @@ def test_idle_pages_are_bounded():
         for prompt in prompts(10, seed=9):
             model.generate(prompt, max_tokens=5)
         assert all(len(pool.by_key) <= 3 for pool in model.engine.pages.pools)
+
+
+def test_tokens_drawn_by_the_device():
+    """Logits stay where they are; and what is drawn does not depend on who else wants logits."""
+    sampled = {"temperature": 1.0, "seed": 5, "max_tokens": 12}
+    with fake_model(samples=True) as model:
+        alone = model.generate([1, 2, 3], **sampled).token_ids
+        assert model.generate([1, 2, 3], max_tokens=12).token_ids == greedy([1, 2, 3], 12)
+        assert model.engine.executor.fetched == 0
+        requests = [model.submit([1, 2, 3], **sampled), model.submit([7, 8], max_tokens=12, logprobs=2)]
+        together, other = [request.result() for request in requests]
+        assert together.token_ids == alone
+        assert other.token_ids == greedy([7, 8], 12) and len(other.logprobs) == 12
+        assert model.engine.executor.fetched > 0
+        [logits] = model.logits([[1, 2, 3]])
+    np.testing.assert_array_equal(logits, reference_logits([1, 2, 3]))
+
+
+def test_a_device_that_finds_no_numbers_fails_that_request(monkeypatch):
+    with fake_model(samples=True) as model:
+        drawn = model.engine.executor.sample
+        monkeypatch.setattr(
+            model.engine.executor, "sample", lambda logits, draws: np.where(draws.top_k == 7, -1, drawn(logits, draws))
+        )
+        bad, good = model.submit([1, 2], temperature=1.0, top_k=7), model.submit([1, 2], max_tokens=3)
+        with pytest.raises(FloatingPointError, match="no numbers"):
+            bad.result()
+        assert good.result().token_ids == greedy([1, 2], 3)
