@@ -18,7 +18,7 @@ __all__ = ["sample"]
 THREADS = 256  # of a block; a block has a row
 DIGIT = 4  # bits of a key that one pass over the row decides
 DIGITS = 1 << DIGIT
-NAN = -(1 << 31)  # the key of a NaN: below all others
+NAN = -0x7FFFFFFF  # the key of a NaN: below all others (and an int in every language, which -(1 << 31) is not)
 MINUS_INFINITY = -0x7F800001  # its key
 
 
@@ -166,20 +166,22 @@ class _Row:
         they reach what is wanted; then the next digit, of the keys that begin so.
         """
         m = self.m
-        prefix, above = m.registers(1, "int32"), m.registers(1)  # of the key with its sign turned
+        prefix, above = m.registers(1, "int32"), m.registers(1)
         prefix[0], above[0] = T.int32(0), T.float32(0)
         sums = m.registers(DIGITS)
         with T.serial(0, 32 // DIGIT) as turn:
             shift = m.keep(32 - DIGIT - turn * DIGIT)
             sums.fill(0)
             begun = T.bind(prefix[0])
+            # The first digit has the sign: turned, it is ordered as the others are.
+            sign = m.keep(T.Select(turn == 0, T.int32(DIGITS // 2), T.int32(0)))
 
             def add(at: Any, key: Any) -> None:
-                place = m.keep(T.bitwise_xor(key, T.int32(NAN)))
-                differs = m.keep(T.shift_right(T.shift_right(T.bitwise_xor(place, begun), shift), T.int32(DIGIT)))
+                differs = m.keep(T.shift_right(T.shift_right(T.bitwise_xor(key, begun), shift), T.int32(DIGIT)))
                 with when(T.And(key >= floor, T.Or(turn == 0, differs == 0))):
                     value = m.keep(measure(key), "float32")
-                    digit = m.keep(T.bitwise_and(T.shift_right(place, shift), T.int32(DIGITS - 1)))
+                    digit = T.bitwise_and(T.shift_right(key, shift), T.int32(DIGITS - 1))
+                    digit = m.keep(T.bitwise_xor(digit, sign))
                     for d in range(DIGITS):
                         sums[d] = sums[d] + T.Select(digit == d, value, T.float32(0))
 
@@ -203,10 +205,9 @@ class _Row:
                     # Rounding may leave the sums below what is wanted: then the lowest digit there is stands.
                     with when(reached[0] >= wanted):
                         decided[0] = T.int32(1)
-            prefix[0] = T.bitwise_or(prefix[0], T.shift_left(chosen[0], shift))
+            prefix[0] = T.bitwise_or(prefix[0], T.shift_left(T.bitwise_xor(chosen[0], sign), shift))
             m.barrier()
-        found = m.keep(T.bitwise_xor(prefix[0], T.int32(NAN)))
-        return T.bind(T.max(found, floor))
+        return T.bind(T.max(prefix[0], floor))
 
     def choose(self) -> None:
         """The token at the share `uniform` of the kept weights, which stand in the order of threads, then of ids."""

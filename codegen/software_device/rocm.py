@@ -22,9 +22,10 @@ INCLUDE = [NATIVE]
 _PRIVATE = "5"
 _NAME = r'[%@](?:"[^"]+"|[\w.$-]+)'
 _SHARED = re.compile(r"^(@[\w.]+) = (?:\w+ )*addrspace\(3\) global (\[\d+ x .+?\]|\S+) \w+, align (\d+)")
+_BRACKETS = r"\((?:[^()]|\([^()]*\))*\)"  # with others in them
 _ACCESS = re.compile(
     r"^(?:(?P<result>%\S+) = )?(?P<kind>load|store|atomicrmw|cmpxchg) (?:atomic |volatile |weak |\w+ (?=ptr))*"
-    rf"(?P<rest>.*?)(?P<pointer>ptr(?: addrspace\((?P<space>\d)\))? (?:{_NAME}|getelementptr .*?\)))"
+    rf"(?P<rest>.*?)(?P<pointer>ptr(?: addrspace\((?P<space>\d)\))? (?:{_NAME}|getelementptr [^()]*{_BRACKETS}))"
     r"(?P<tail>(?:, .*)?)$"
 )
 _CALL = re.compile(
