@@ -23,7 +23,8 @@ from llmc.ir.errors import CompileError
 from llmc.ir.evaluate import Reference
 from llmc.runtime import artifact
 from llmc.runtime.devices.gpu import GpuExecutor
-from llmc.runtime.executor import Executor, Table
+from llmc.runtime.executor import Draws, Executor, Table
+from llmc.runtime.sampler import Sampling, best, distribution
 
 CACHE_TOKENS = 512
 # What travels in each step, by sequence: prefill over a page boundary, prefill beside decode, decode of both.
@@ -33,6 +34,7 @@ STEPS: tuple[tuple[str, dict[str, int]], ...] = (
     ("decode", {"a": 1, "b": 1}),
     ("decode", {"b": 1, "a": 1}),
 )
+FILTERS = Sampling(temperature=0.8, top_k=50, top_p=0.9, min_p=0.01)
 # Unit roundoff of the activations' dtype: half the distance from 1 to the next number.
 ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 ROUNDINGS = 12  # of a layer's values on their way through it: norms, projections, rotation, attention, gate, sums
@@ -76,6 +78,14 @@ class ReferenceExecutor:
         placed = [tvm.runtime.tensor(array) for array in given]
         return self.machine["step"](hidden, *placed, self.pools, self.weights["step"]).numpy()
 
+    samples = False
+
+    def fetch(self, logits: np.ndarray) -> np.ndarray:
+        return logits
+
+    def sample(self, logits: Any, draws: Draws) -> np.ndarray:
+        raise NotImplementedError("the reference draws no tokens")
+
     def copy_pages(self, group: int, source: Sequence[int], target: Sequence[int]) -> None:
         raise NotImplementedError("the steps of a verification share no pages")
 
@@ -107,8 +117,32 @@ class Sequences:
         return tokens, (positions.astype("int32")[None], indptr, np.arange(count, dtype="int32"), tables)
 
 
-def run(executor: Executor, tokens: np.ndarray, rest: tuple) -> np.ndarray:
-    return np.array(executor.step(executor.embed(tokens), *rest), "float32")
+def run(executor: Executor, tokens: np.ndarray, rest: tuple) -> tuple[np.ndarray, np.ndarray]:
+    """-> a step's logits, and a token for each of their rows where the executor draws them (else none)."""
+    logits = executor.step(executor.embed(tokens), *rest)
+    found = np.array(executor.fetch(logits), "float32")
+    return found, executor.sample(logits, draws_of(len(found))) if executor.samples else np.empty(0, np.int32)
+
+
+def draws_of(rows: int) -> Draws:
+    """Every other row greedy, every other by FILTERS."""
+    drawn = np.arange(rows) % 2
+    return Draws(
+        (drawn * FILTERS.temperature).astype("float32"),
+        (drawn * FILTERS.top_k).astype("int32"),
+        np.where(drawn, FILTERS.top_p, 1).astype("float32"),
+        (drawn * FILTERS.min_p).astype("float32"),
+        ((np.arange(rows) * 0.37 + 0.1) % 1).astype("float32"),
+    )
+
+
+def wrong_tokens(logits: np.ndarray, tokens: np.ndarray) -> str:
+    """What is wrong with the tokens that were drawn from these logits; "" if nothing is."""
+    for row, token in enumerate(tokens):
+        allowed = distribution(logits[row], FILTERS)[0] if row % 2 else [best(logits[row])]
+        if token not in allowed:
+            return f"row {row}: token {token} was drawn, expected one of {list(allowed)[:8]}"
+    return ""
 
 
 def work(folder: Path, target: str, host: str) -> dict[str, Any]:
@@ -135,7 +169,7 @@ def work(folder: Path, target: str, host: str) -> dict[str, Any]:
     found = {"bound": error_bound(entry.dtype, int(manifest.model["layers"])), "steps": steps, "fault": ""}
     for name, batch in STEPS:
         tokens, rest = sequences.arguments(batch)
-        expected = run(reference, tokens, rest)
+        expected, _ = run(reference, tokens, rest)
         results, started = [], time.perf_counter()
         for order, machine in machines.items():
             software.configure(order=order)
@@ -147,10 +181,12 @@ def work(folder: Path, target: str, host: str) -> dict[str, Any]:
                     raise
                 return found | {"fault": str(fault)}
         spread = float(expected.max() - expected.min())
-        forward, reverse = results
+        (forward, drawn), reverse = results
         off = float(np.abs(forward - expected).max()) / spread
-        if not np.array_equal(forward, reverse):
-            return found | {"fault": f"{name}: lanes in reverse order give other logits: a race"}
+        if not all(map(np.array_equal, (forward, drawn), reverse)):
+            return found | {"fault": f"{name}: lanes in reverse order give other logits or tokens: a race"}
+        if wrong := wrong_tokens(forward, drawn):
+            return found | {"fault": f"{name}: {wrong}"}
         steps.append(
             {
                 "name": name,
