@@ -49,7 +49,7 @@ class Tiling:
         """None where the target has no unit for it, a vector's sums don't fit in registers, or lanes do it as fast."""
         target = asked.target
         widest = max(asked.head_dim, asked.v_dim)
-        if target.matrix_unit != "mma" or asked.dtype not in target.dtypes:
+        if target.matrix_unit not in ("mma", "mfma", "wmma", "wmma12") or asked.dtype not in target.dtypes:
             return None
         if asked.latent or asked.head_dim % PIECE or asked.v_dim % PIECE or widest > 256:
             return None
@@ -97,16 +97,17 @@ def attend(m: Machine, asked: Asked, cut: Tiling, o: Operands, tile: Tile, kv_he
 class _Copy:
     """A tile of keys or of values on its way from the pool to shared memory."""
 
-    def __init__(self, attend: _Attend, pool: Any, width: int, base: int):
+    def __init__(self, attend: _Attend, pool: Any, width: int, place: Any, base: int):
         self.attend, self.m, self.width, self.stride = attend, attend.m, width, row_stride(width)
         self.tokens, self.threads = attend.cut.tokens, attend.cut.warps * attend.m.warp
         self.across = width // PIECE
         self.rounds = -(-self.tokens * self.across // self.threads)
-        self.shared, self.base = attend.place, base
+        size = self.tokens * self.stride
+        self.shared, self.base = (place, base) if place is not None else (self.m.shared(size, "uint16"), 0)
         self.async_copy = self.m.target.async_copy
         self.pool = flat(pool, "uint16") if self.async_copy else flat(pool, "uint32")
         if not self.async_copy:
-            self.words = T.decl_buffer((attend.room // 2,), "uint32", data=self.shared.data, scope="shared")
+            self.words = T.decl_buffer((size // 2,), "uint32", data=self.shared.data, scope="shared")
             self.coming = self.m.registers(self.rounds * 4, "uint32")
         self.clear()
 
@@ -171,10 +172,13 @@ class _Attend:
         self.depths, self.columns = sides_of(asked.head_dim), sides_of(asked.v_dim)
         self.head0 = T.bind(kv_head * asked.group + part * cut.heads)
         self.heads_here = T.bind(T.min(T.int32(cut.heads), asked.group - part * cut.heads))
-        keys = cut.tokens * row_stride(asked.head_dim)
-        self.room = keys + cut.tokens * row_stride(asked.v_dim)
-        self.place = m.shared(self.room, "uint16")
-        self.keys, self.values = _Copy(self, o.k, asked.head_dim, 0), _Copy(self, o.v, asked.v_dim, keys)
+        keys, values = (cut.tokens * row_stride(width) for width in (asked.head_dim, asked.v_dim))
+        # One place for both, that the sums of decoding take in the end; but where tokens pass through registers, TVM's
+        # check of shared memory sees each store and takes one buffer for one place: there are two.
+        self.room = keys + values if m.target.async_copy else 0
+        place = m.shared(self.room, "uint16") if self.room else None
+        self.keys = _Copy(self, o.k, asked.head_dim, place, 0)
+        self.values = _Copy(self, o.v, asked.v_dim, place, keys)
         # Sixteens of tokens that a warp takes, and the first of them.
         self.pieces = 1 if cut.apart else cut.tokens // SIDE
         self.shift = T.bind(m.warp_number * SIDE) if cut.apart else 0
@@ -359,7 +363,7 @@ class _Attend:
         m.barrier()  # all warps have done with the tokens: their place takes the sums
         needed = cut.warps * SIDE * width
         if self.room // 2 >= needed:
-            sums = T.decl_buffer((self.room // 2,), "float32", data=self.place.data, scope="shared")
+            sums = T.decl_buffer((self.room // 2,), "float32", data=self.keys.shared.data, scope="shared")
         else:
             sums = m.shared(needed)
         for i in range(unit.queries):

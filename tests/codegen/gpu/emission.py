@@ -3,8 +3,14 @@
 from llmc import targets
 from llmc.targets import GpuTarget
 
-LANGUAGES = {"cuda": "cuda:sm_90", "rocm": "rocm:gfx942", "metal": "metal"}
-EXECUTED = ["cuda", "metal"]  # what the software device runs
+LANGUAGES = {
+    "cuda": "cuda:sm_90",
+    "rocm": "rocm:gfx942",
+    "metal": "metal",
+    "rdna3": "rocm:gfx1100",
+    "rdna4": "rocm:gfx1201",
+}
+EXECUTED = ["cuda", "rocm", "metal"]  # on the software device
 
 
 def target(kind: str) -> GpuTarget:

@@ -95,6 +95,11 @@ def test_matches_float64(kind, dtype, case):
     check(kind, dtype, case)
 
 
+@pytest.mark.parametrize(("kind", "dtype", "case"), [("rdna3", "bfloat16", "grouped"), ("rdna4", "float16", "sinks")])
+def test_other_layouts_of_matrix_units(kind, dtype, case):
+    check(kind, dtype, case)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "dtype", "case"), [c for c in EVERYTHING if c not in COVER])
 def test_matches_float64_everywhere(kind, dtype, case):
