@@ -10,7 +10,9 @@
 
 // Inlined and without lines of its own: a fault names the kernel's line.
 #define DEVICE_FUNCTION __attribute__((always_inline, nodebug))
-#define DEVICE_INLINE static inline DEVICE_FUNCTION
+// Convergent, for what wraps a barrier or a shuffle: a call that is duplicated before it is inlined has two addresses,
+// at which lanes would wait for each other.
+#define DEVICE_INLINE static inline DEVICE_FUNCTION __attribute__((convergent))
 
 // Memory that a barrier orders.
 enum { SPACE_SHARED = 1, SPACE_GLOBAL = 2 };
