@@ -234,16 +234,15 @@ class _Launches:
 
     def attend(self, cut: Cut, tile: Tile, kv_head: Any, part: Any, finish: Finish) -> None:
         """One block's work on a tile."""
-        work = (self.m, self.asked)
-        rest = (self.o, tile, kv_head, part, finish)
+        m, asked, o = self.m, self.asked, self.o
         if isinstance(cut, tiles.Tiling):
-            tiles.attend(*work, cut, *rest)
+            tiles.attend(m, asked, cut, o, tile, kv_head, part, finish)
         elif isinstance(cut, latent.Latent):
-            latent.attend(*work, cut, *rest)
+            latent.attend(m, asked, cut, o, tile, kv_head, part, finish)
         elif isinstance(cut, squares.Squares):
-            squares.attend(*work, cut, *rest)
+            squares.attend(m, asked, cut, o, tile, kv_head, part, finish)
         else:
-            lanes.attend(*work, cut, *rest)
+            lanes.attend(m, asked, cut, o, tile, kv_head, part, finish)
 
     def answer(self, row: Any, head: Any, peak: Any, total: Any) -> Columns:
         """Stores columns of the answer of one query vector. A sink joins its head's softmax as one more score."""

@@ -112,6 +112,30 @@ def test_a_dropped_option_is_seen(kind):
     assert min(case.error([(130, 50), (90, 1)], **wrong) for wrong in ({"window": 10}, {"chunk": 0})) > 1e-2
 
 
+def without(what):
+    """A copy to shared memory that lacks its wait, or its barrier."""
+    from tvm.tirx.script import builder as T
+
+    def finish(copy):
+        if what != "wait":
+            T.evaluate(T.ptx.cp.async_.wait_group(0))
+        if what != "barrier":
+            copy.m.barrier()
+
+    return finish
+
+
+@pytest.mark.parametrize(("what", "fault"), [("wait", "copy"), ("barrier", "race")])
+def test_a_missing_wait_and_a_missing_barrier_are_caught(monkeypatch, what, fault):
+    from llmc.codegen.gpu import attention_tiles
+    from llmc.codegen.software_device import DeviceFault
+
+    monkeypatch.setattr(attention_tiles._Copy, "finish", without(what))
+    with pytest.raises(DeviceFault) as raised:
+        Case("cuda", "float16", "grouped").answers([(130, 50)])
+    assert raised.value.fault == fault
+
+
 @pytest.mark.parametrize("kind", emission.EXECUTED)
 def test_nothing_to_do(kind):
     """No rows, or no sequences: nothing is launched."""
