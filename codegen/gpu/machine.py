@@ -336,10 +336,16 @@ class Machine:
     # Functions
 
     def number(self, value: float) -> Any:
-        """A float32 constant, exactly. TVM prints seven digits of one in MSL, where nine are needed: its bits, then."""
-        exact = np.float32(value)
-        if self.language != "msl" or np.float32(f"{exact:.6e}") == exact:
+        """A float32 constant, exactly. TVM prints seven digits of one in MSL, where nine are needed: its bits, then.
+
+        Fast math knows no infinities: the largest number stands for one in MSL.
+        """
+        if self.language != "msl":
             return T.float32(value)
+        largest = np.finfo(np.float32).max
+        exact = np.clip(np.float32(value), -largest, largest)
+        if np.float32(f"{exact:.6e}") == exact:
+            return T.float32(float(exact))
         return T.reinterpret("float32", T.uint32(int(exact.view(np.uint32))))
 
     def exp2(self, x: Any) -> Any:

@@ -209,6 +209,9 @@ class _Emit(Elements):
         place = self.plan.place[slot]
         return "workspace" if place.outside else "shared", place.number
 
+    def constant(self, value: Any, dtype: str) -> Any:
+        return self.machine.number(value) if dtype == "float32" else super().constant(value, dtype)
+
     # Addresses: of a row in 32 bits, of tensors in 64
 
     def at(self, v, indices):

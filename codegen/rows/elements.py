@@ -66,6 +66,9 @@ class Elements:
     def arithmetic(self, lanes: int) -> Arithmetic:
         raise NotImplementedError
 
+    def constant(self, value: Any, dtype: str) -> Any:
+        return tvm.tirx.const(value, dtype)
+
     # Addresses
 
     def at(self, v: Memory | Affine, indices: Sequence[Any]) -> Any:
@@ -112,7 +115,7 @@ class Elements:
         if isinstance(v, Memory):
             return self.read(v, indices, lanes)
         if isinstance(v, Scalar):
-            return vector.broadcast(tvm.tirx.const(int(v.value) if v.dtype == "bool" else v.value, wide(v.dtype)))
+            return vector.broadcast(self.constant(int(v.value) if v.dtype == "bool" else v.value, wide(v.dtype)))
         if isinstance(v, Affine):
             at = self.at(v, indices)
             stride = v.strides[-1] if v.strides else 0

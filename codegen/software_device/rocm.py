@@ -21,7 +21,7 @@ INCLUDE = [NATIVE]
 
 _PRIVATE = "5"
 _NAME = r'[%@](?:"[^"]+"|[\w.$-]+)'
-_SHARED = re.compile(r"^(@[\w.]+) = (?:\w+ )*addrspace\(3\) global (\[\d+ x .+?\]|\S+) \w+, align (\d+)")
+_SHARED = re.compile(r"^(@[\w.]+) = (?:\w+ )*addrspace\(3\) global (\[\d+ x .+?\]|\S+) \w+(?:, align (\d+))?")
 _BRACKETS = r"\((?:[^()]|\([^()]*\))*\)"  # with others in them
 _ACCESS = re.compile(
     r"^(?:(?P<result>%\S+) = )?(?P<kind>load|store|atomicrmw|cmpxchg) (?:atomic |volatile |weak |\w+ (?=ptr))*"
@@ -58,7 +58,7 @@ def translate(text: str, kernels: Sequence[Kernel], *, strict: bool) -> dict[str
     for number, line in enumerate(text.splitlines(), 1):
         declared = _SHARED.match(line)
         if declared:
-            name, dtype, align = declared.groups()
+            name, dtype, align = declared.groups("16")
             shared[name] = size_of(dtype), align
             # A gap behind it: what runs over finds memory of nothing.
             line = f"{name} = hidden global {{ {dtype}, [1024 x i8] }} zeroinitializer, align {align}"
