@@ -17,13 +17,14 @@ from .entry import Kernel, Parameter
 from .faults import DeviceFault, Fault, Source, describe
 from .lines import line_of
 
-__all__ = ["configure", "emitted", "install", "last_fault", "load_kernels"]
+__all__ = ["configure", "edit_text", "emitted", "install", "last_fault", "load_kernels"]
 
 _LANGUAGES = {"cuda": cuda, "metal": metal, "rocm": rocm}
 _sources: dict[str, Source] = {}
 _last: list[DeviceFault] = []
 _emitted: list[str] = []
 _originals: dict[str, Callable] = {}
+_edits: list[tuple[str, str, int | None]] = []
 
 
 def install(kind: str, *, strict: bool = True, text: str | None = None) -> None:
@@ -43,6 +44,7 @@ def install(kind: str, *, strict: bool = True, text: str | None = None) -> None:
 
     def build(module, target):
         emitted = original(module, target).inspect_source("") if text is None else text
+        emitted = _edited(emitted)
         kernels = [_kernel(f, target) for f in module.functions.values()]
         _emitted[:] = [emitted]
         return tvm_ffi.load_module(str(load_kernels(kind, emitted, kernels, strict=strict)))
@@ -100,6 +102,22 @@ def configure(*, order: str = "forward", copies: str = "late") -> None:
 def last_fault() -> DeviceFault | None:
     """The fault of the last launch that had one; forgotten once it is told."""
     return _last.pop() if _last else None
+
+
+def edit_text(edit: tuple[str, str, int | None] | None) -> None:
+    """From now on, text that is emitted is changed before it is compiled: (old, new, which), see run.run; None: no."""
+    _edits[:] = [edit] if edit else []
+
+
+def _edited(text: str) -> str:
+    for old, new, which in _edits:
+        parts = text.split(old)
+        if len(parts) - 1 <= (which or 0):
+            raise ValueError(f"expected more than {which or 0} of {old!r} in the emitted text, found {len(parts) - 1}")
+        if which is None:
+            return new.join(parts)
+        text = old.join(parts[: which + 1]) + new + old.join(parts[which + 1 :])
+    return text
 
 
 def emitted() -> str:

@@ -41,6 +41,7 @@ def run(
     strict: bool = True,
     order: str = "forward",
     copies: str = "late",
+    edit: tuple[str, str, int | None] | None = None,
     timeout: float = 120,
 ) -> list[Any]:
     """Build a PrimFunc for a GPU target, call it once on the software device, -> all its arguments as they are then.
@@ -49,11 +50,13 @@ def run(
     ml_dtypes has it), `Unwritten`, or numbers, in the order of the parameters, outputs included; they are not changed.
     strict: every access of memory is checked. order: lanes, warps and blocks run "forward" or in "reverse".
     copies: asynchronous ones land when they are waited for ("late") or at once ("early"). timeout: seconds.
+    edit: (old, new, which) puts `new` for the occurrence of `old` of that number, from 0, in the emitted text, or for
+    all of them if None: to plant a fault. ValueError if there is none.
 
     Raises DeviceFault: the kernel did what has no meaning on the device, crashed, or did not end in time.
     CompileError: it does not compile, or holds an instruction that the device does not know.
     """
-    return _ask(kernel, target, args, strict, [(order, copies)], timeout)
+    return _ask(kernel, target, args, strict, [(order, copies)], timeout, edit)
 
 
 def check_all(kernel: Any, target: Any, args: Sequence[Any], *, timeout: float = 300) -> list[Any]:
@@ -88,11 +91,11 @@ def run_text(
     return _request(request, name, target, args, True, [(order, copies)], timeout)
 
 
-def _ask(kernel, target, args, strict, settings, timeout) -> list[Any]:
+def _ask(kernel, target, args, strict, settings, timeout, edit=None) -> list[Any]:
     import tvm
 
     name = str(kernel.attrs["global_symbol"])
-    return _request({"kernel": tvm.ir.save_json(kernel)}, name, target, args, strict, settings, timeout)
+    return _request({"kernel": tvm.ir.save_json(kernel), "edit": edit}, name, target, args, strict, settings, timeout)
 
 
 def _request(what: dict, name, target, args, strict, settings, timeout) -> list[Any]:

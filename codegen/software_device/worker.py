@@ -57,9 +57,10 @@ class Worker:
         from ..library import passes
 
         target, strict = request["target"], request["strict"]
-        key = hashlib.sha256(f"{request['kernel']} {target} {strict}".encode()).hexdigest()
+        key = hashlib.sha256(f"{request['kernel']} {target} {strict} {request['edit']}".encode()).hexdigest()
         if key not in self.built:
             self.install(target["kind"], strict)
+            device.edit_text(request["edit"])
             with passes(target["kind"]):
                 module = tvm.IRModule({request["name"]: tvm.ir.load_json(request["kernel"])})
                 compiled = tvm.compile(module, tvm.target.Target(target, host={"kind": "llvm"}))
