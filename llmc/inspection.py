@@ -52,6 +52,7 @@ class ArtifactReport:
                 )
             if kernels:
                 lines += [f"  kernel  {kernel['name']}  ×{kernel['calls']}" for kernel in entry.kernels]
+                lines += [f"  launch  {line}" for line in _resources(entry)]
         for stage in manifest.stages:
             lines.append(f"stage     {stage['name']}: {stage['seconds']:.2f} s")
         lines += [f"file      {name}" for name in manifest.files]
@@ -63,6 +64,19 @@ class ArtifactReport:
         return "\n".join(lines)
 
     __str__ = render
+
+
+def _resources(entry: artifact.TargetEntry) -> list[str]:
+    """What every launch of a GPU's kernels takes, one line each."""
+    lines = []
+    for name, facts in (entry.sources.resources if entry.sources else {}).items():
+        words = [f"{facts['registers']} registers"] if facts["registers"] is not None else []
+        words += [f"{facts['spilled']} bytes spilled"] if facts["spilled"] else []
+        words += [f"{facts['shared']} bytes shared"] if facts["shared"] else []
+        words += [f"{facts['matrix']} matrix instructions"] if facts["matrix"] else []
+        words += [f"{facts['occupancy']:.0%} occupied"] if facts["occupancy"] is not None else []
+        lines.append(f"{name}: {', '.join(words) or 'nothing of note'}")
+    return lines
 
 
 @dataclass(frozen=True)

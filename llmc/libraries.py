@@ -111,7 +111,7 @@ def _keep(work: Any, program: Program, facts: dict[str, Any]) -> None:
     """Note down a library that was built, for the manifest and for a compilation that goes on later."""
     from llmc import codegen
 
-    kernels = facts.pop("kernels", None)
+    kernels, resources = facts.pop("kernels", None), facts.pop("resources", {})
     for fact, value in facts.items():
         work.memory[fact] = max(value, work.memory.get(fact, 0))
     relative = f"lib/{codegen.library_name(program.target)}"
@@ -121,6 +121,7 @@ def _keep(work: Any, program: Program, facts: dict[str, Any]) -> None:
             "file": sources,
             "sha256": artifact.sha256(work.folder / sources),
             "kernels": kernels,
+            "resources": resources,
         }
     work.libraries[relative] = artifact.sha256(work.folder / relative)
     work.save()

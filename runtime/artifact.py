@@ -82,11 +82,12 @@ class Function:
 @dataclass(frozen=True)
 class Sources:
     """The zip that a GPU's library was made from, and SHA-256 of every kernel's machine code, as it is in the library
-    (of its source, where the driver compiles it)."""
+    (of its source, where the driver compiles it). resources: kernel -> what it takes (registers, shared memory, …)."""
 
     file: str
     sha256: str
     kernels: dict[str, str]
+    resources: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

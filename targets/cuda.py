@@ -36,6 +36,8 @@ def _facts(
     )
 
 
+# PTX of a generic architecture, which the driver of a later card compiles when it loads it: what every card has.
+GENERIC = {"compute_80": _facts("A100 SXM 80GB", 108, 100, 1536, 16, 2039, 312)}
 ARCHITECTURES = {
     "sm_80": _facts("A100 SXM 80GB", 108, 164, 2048, 32, 2039, 312),  # A100 data sheet
     "sm_86": _facts("A40", 84, 100, 1536, 16, 696, 149.7),  # A40 data sheet
@@ -47,8 +49,8 @@ ARCHITECTURES = {
 
 
 def target(arch: str, host: str | None = None) -> GpuTarget:
-    """The target of an architecture by name, e.g. "sm_90". ValueError: unknown, or no such host."""
-    facts = by_arch("cuda", arch, ARCHITECTURES)
+    """The target of an architecture by name: "sm_90", or "compute_80" for later cards. ValueError: unknown, no host."""
+    facts = by_arch("cuda", arch, ARCHITECTURES | GENERIC)
     return GpuTarget(
         kind="cuda",
         name=f"cuda:{arch}",

@@ -39,7 +39,9 @@ NVRTC = Toolchain(
     ("nvidia.cu13",),
     (("nvidia.cu13", "lib/libnvrtc.so.13"), ("nvidia.cu13", "include/cuda_fp16.h"), ("nvidia.cu13", "include/cccl")),
 )
-DISASSEMBLER = Toolchain("nvdisasm", "cuda", ("nvidia.cu13",), (("nvidia.cu13", "bin/nvdisasm"),))
+DISASSEMBLER = Toolchain(
+    "nvdisasm", "cuda", ("nvidia.cu13",), (("nvidia.cu13", "bin/nvdisasm"), ("nvidia.cu13", "bin/cuobjdump"))
+)
 
 # kind of target -> what compiling for it needs.
 NEEDED = {"cpu": (LINKER,), "cuda": (LINKER, NVRTC), "rocm": (LINKER,), "metal": (LINKER,)}

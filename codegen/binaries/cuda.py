@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from .elf import Elf
 from .host import EMULATIONS, zig
 
 DRIVER = "libcuda.so.1"
+BOUNDS = re.compile(r"__launch_bounds__\((\d+)[^)]*\)\s*(\w+)\(")
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -84,6 +86,7 @@ class Compiler:
         for index, (source, binary) in enumerate(zip(self.sources, self.binaries, strict=True)):
             found.sources[f"kernels{index or ''}.cu"] = source
             found.kernels |= kernels(binary)
+            found.threads |= {name: int(count) for count, name in BOUNDS.findall(source)}
         return found
 
 

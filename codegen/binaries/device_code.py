@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import tvm
@@ -12,11 +12,13 @@ import tvm
 @dataclass
 class DeviceCode:
     """sources: file name -> text. binaries: what the driver is given: cubins, code objects, or sources.
-    kernels: kernel -> its machine code, or its source where the driver compiles it."""
+    kernels: kernel -> its machine code, or its source where the driver compiles it. threads: kernel -> threads of a
+    block, where that is fixed."""
 
     sources: dict[str, str]
     binaries: list[bytes]
     kernels: dict[str, bytes]
+    threads: dict[str, int] = field(default_factory=dict)
 
     def digests(self) -> dict[str, str]:
         """kernel -> SHA-256 of its machine code or text."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import tvm
 from tvm import tirx
@@ -43,7 +44,7 @@ class Compiler:
     """Stands in for TVM's own way to ROCm while a module is built."""
 
     def __init__(self, target: GpuTarget):
-        self.target, self.binaries = target, list[bytes]()
+        self.target, self.binaries, self.threads = target, list[bytes](), dict[str, int]()
         self.folder = tempfile.TemporaryDirectory(prefix="llmc-rocm-")
 
     def install(self) -> None:
@@ -55,6 +56,8 @@ class Compiler:
 
         def build_fenced(module, target):
             check_shared_memory(module, self.target)
+            self.threads |= block_sizes(module)
+            check_block_sizes(self.threads, self.target)
             return build(fence_barriers(module), target)
 
         callbacks = {
@@ -74,7 +77,7 @@ class Compiler:
         return bytearray(self.binaries[-1])
 
     def device_code(self, module: tvm.runtime.Module) -> DeviceCode:
-        found = DeviceCode({}, list(self.binaries), {})
+        found = DeviceCode({}, list(self.binaries), {}, self.threads)
         for index, device in enumerate(device_modules(module, "hip") + device_modules(module, "rocm")):
             assembly = device.inspect_source("asm")
             check_barriers(assembly)
@@ -109,6 +112,32 @@ def fence_barriers(module: tvm.IRModule) -> tvm.IRModule:
         for name, function in module.functions.items()
     }
     return tvm.IRModule(functions, attrs=module.attrs)
+
+
+def block_sizes(module: tvm.IRModule) -> dict[str, int]:
+    """kernel -> threads of a block, of the kernels in which that is fixed."""
+    found = {}
+    for name, function in module.functions.items():
+        extents: dict[str, Any] = {}
+
+        def note(statement, extents=extents):
+            if statement.attr_key == "thread_extent" and statement.node.thread_tag.startswith("threadIdx"):
+                extents[statement.node.thread_tag] = statement.value
+
+        structural_walk(function.body, (tirx.AttrStmt, note))
+        if all(isinstance(extent, tirx.IntImm) for extent in extents.values()):
+            found[name.name_hint] = math.prod(int(extent) for extent in extents.values())
+    return found
+
+
+def check_block_sizes(threads: dict[str, int], target: GpuTarget) -> None:
+    """Raises CompileError for a block of more threads than the code says it may have: it would not be launched."""
+    for name, count in threads.items():
+        if count > target.max_threads:
+            raise CompileError(
+                f"kernel {name} has blocks of {count} threads; {target.name} has {target.max_threads} at most",
+                stage="library",
+            )
 
 
 def check_shared_memory(module: tvm.IRModule, target: GpuTarget) -> None:

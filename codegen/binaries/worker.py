@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import sys
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import tvm
 
 from llmc.ir.errors import CompileError
-from llmc.targets import GpuTarget
+from llmc.targets import GpuTarget, toolchains
 
 from ..library import export, machine_code
-from . import cuda, metal, rocm
+from . import cuda, gates, metal, rocm
 from .device_code import DeviceCode, DeviceCompiler
 
 COMPILERS: dict[str, type[DeviceCompiler]] = {
@@ -56,7 +57,13 @@ def work(asked: dict) -> dict:
                 stage="library",
             )
     write_sources(Path(asked["sources"]), code, modules)
-    return {**memory, "kernels": code.digests()}
+    found = gates.resources(code, target) if can_read(target) else {}
+    return {**memory, "kernels": code.digests(), "resources": {name: asdict(each) for name, each in found.items()}}
+
+
+def can_read(target: GpuTarget) -> bool:
+    """Whether what a kernel takes can be read: NVIDIA's machine code needs NVIDIA's tools, and is no text of PTX."""
+    return target.language != "cuda" or (toolchains.DISASSEMBLER.found and target.arch.startswith("sm_"))
 
 
 def write_sources(path: Path, code: DeviceCode, modules: dict[str, str]) -> None:

@@ -84,10 +84,13 @@ def obstacle(target: TargetEntry, found: Sequence[Card] | None = None) -> str | 
 
 
 def runs(arch: str, card: str) -> bool:
-    """A card runs code for its own architecture; NVIDIA's, too, code for smaller minor numbers of the same major one.
+    """A card runs code for its own architecture; NVIDIA's, too, code for smaller minor numbers of the same major one,
+    and PTX ("compute_80") of any architecture up to its own.
 
-    Source: CUDA C++ Programming Guide, "Binary Compatibility".
+    Source: CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility".
     """
+    if arch.startswith("compute_") and card[3:].isdigit():
+        return int(card[3:]) >= int(arch[8:])
     if arch.startswith("sm_") and arch[3:].isdigit() and card[3:].isdigit():
         (major, minor), (own, least) = (divmod(int(a[3:]), 10) for a in (card, arch))
         return major == own and least <= minor

@@ -123,3 +123,24 @@ def test_sources_may_not_leave_the_folder(compiled, tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(data))
     with pytest.raises(llmc.ArtifactError, match=r"the path '\.\./x\.zip' leaves the artifact's folder"):
         llmc.inspect(tmp_path)
+
+
+def test_nothing_spills(compiled):
+    for entry in llmc.inspect(compiled).manifest.targets:
+        assert list(entry.sources.resources) == sorted(entry.sources.kernels)
+        assert [name for name, each in entry.sources.resources.items() if each["spilled"]] == [], entry.target
+
+
+def test_gates(compiled, golden):
+    """Which kernels use the matrix units and load 16 bytes at a time, on every target; and how full they leave it."""
+    lines = []
+    for entry in llmc.inspect(compiled).manifest.targets:
+        for name, found in entry.sources.resources.items():
+            full = found["occupancy"]
+            words = [
+                "matrix units" if found["matrix"] else "",
+                "16-byte loads" if found["wide_loads"] else "",
+                "" if full is None else "half full or more" if full >= 0.5 else "less than half full",
+            ]
+            lines.append(f"{entry.target:13} {name:36} {', '.join(filter(None, words))}".rstrip())
+    golden("gates.txt", "\n".join(lines) + "\n")
