@@ -97,7 +97,9 @@ class GpuTarget:
 
     def tvm(self) -> dict:
         """The keywords of `tvm.target.Target` for device code."""
-        arch = {"cuda": {"arch": self.arch.replace("compute_", "sm_")}, "rocm": {"mcpu": self.arch}, "metal": {}}[self.kind]
+        arch = {"cuda": {"arch": self.arch.replace("compute_", "sm_")}, "rocm": {"mcpu": self.arch}, "metal": {}}[
+            self.kind
+        ]
         mattr = {"mattr": list(self.mattr)} if self.mattr else {}
         return {
             "kind": self.kind,

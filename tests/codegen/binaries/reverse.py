@@ -33,4 +33,4 @@ def program(kernel=reverse) -> SimpleNamespace:
         with builder.dataflow():
             y = builder.emit_output(relax.call_tir(kernels, [x], relax.TensorType((n, WIDTH), "float32")))
         builder.emit_func_output(y)
-    return SimpleNamespace(module=builder.get())
+    return SimpleNamespace(module=builder.get(), reference=None)

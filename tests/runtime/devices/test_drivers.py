@@ -38,6 +38,9 @@ def test_another_architecture():
         ("sm_100", "sm_100", True),
         ("sm_90a", "sm_90", False),
         ("gfx942", "gfx90a", False),
+        ("compute_80", "sm_120", True),
+        ("compute_80", "sm_75", False),
+        ("compute_80", "gfx942", False),
     ],
 )
 def test_what_a_card_runs(arch, card, expected):
