@@ -89,7 +89,7 @@ def runs(arch: str, card: str) -> bool:
 
     Source: CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility".
     """
-    if arch.startswith("compute_") and card[3:].isdigit():
+    if arch.startswith("compute_") and card.startswith("sm_"):
         return int(card[3:]) >= int(arch[8:])
     if arch.startswith("sm_") and arch[3:].isdigit() and card[3:].isdigit():
         (major, minor), (own, least) = (divmod(int(a[3:]), 10) for a in (card, arch))
