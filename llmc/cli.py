@@ -33,14 +33,19 @@ def print_json(value: Any) -> None:
     epilog="[bold]Examples[/]\n\n"
     "llmc compile Qwen3-0.6B/model.safetensors\n\n"
     "llmc compile Qwen/Qwen3-0.6B --target cpu -o qwen.llmc --max-context 8192\n\n"
+    "llmc compile llama/ --target cuda:sm_90,rocm:gfx942,metal --host linux-x86_64\n\n"
     "llmc compile llama/ --verify --dump passes/"
 )
 def compile(
     source: Annotated[
         str, typer.Argument(help="A Hugging Face folder, a .safetensors in it or its index, or a hub id.")
     ],
-    target: Annotated[str, typer.Option(help="Targets, joined by commas: cpu, cpu:x86-64-v3, …")] = "cpu",
-    host: Annotated[str | None, typer.Option(help="Machine that will load the artifact; default: this one.")] = None,
+    target: Annotated[
+        str, typer.Option(help="Targets, joined by commas: cpu, cuda, cuda:sm_90, rocm:gfx942, metal, …")
+    ] = "cpu",
+    host: Annotated[
+        str | None, typer.Option(help="Machine beside the GPU: linux-x86_64, linux-aarch64, macos-arm64.")
+    ] = None,
     quantize: Annotated[str | None, typer.Option(help="Name of a quantization scheme.")] = None,
     kv_cache: Annotated[
         str | None, typer.Option(help="Cache dtype: int8 or fp8; default: the activations' dtype.")
