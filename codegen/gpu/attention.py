@@ -46,6 +46,7 @@ def paged_attention(
     sinks: bool = False,
     v_width: int = 0,
     *,
+    batch_invariant: bool = False,
     name: str = "paged_attention",
 ) -> tvm.tirx.PrimFunc:
     """The kernel of `llmc.ir.paging.paged_attention`: same parameters, same arguments, same meaning.
@@ -55,7 +56,8 @@ def paged_attention(
       v_pages [p, kv_heads, page_size, v_dim] dtype, unless v_width > 0; sinks [heads] float32, if `sinks`;
       qo_indptr [b+1], kv_indptr [b+1], kv_indices [r], kv_last_page_len [b], all int32; out [n, heads, v_dim] dtype.
     dtype: "float32", "float16" or "bfloat16"; scores, softmax and sums are float32, rounded once at the end. n and b
-    may be 0.
+    may be 0. batch_invariant: a sequence's numbers are the same bits whatever else is in the step; its cache is not
+    split, which leaves most of the machine idle where sequences are few.
     """
     if keys_token_last or heads % kv_heads:
         raise ValueError(
@@ -80,7 +82,7 @@ def paged_attention(
         qo, kv, indices, last, out = arguments
         o = Operands(symbols["n"], symbols["b"], q, k, v, sink, qo, kv, indices, last, out)
         with when(T.And(o.n > 0, o.b > 0)):
-            _Launches(asked, o).emit()
+            _Launches(asked, o, batch_invariant).emit()
 
     return kernel(name, params, body)
 
@@ -99,12 +101,16 @@ def cut_of(asked: Asked, *, decode: bool) -> Cut:
 class _Launches:
     """The launches of one call."""
 
-    def __init__(self, asked: Asked, o: Operands):
-        self.m, self.asked, self.o = Machine(asked.target), asked, o
+    def __init__(self, asked: Asked, o: Operands, batch_invariant: bool):
+        self.m, self.asked, self.o, self.batch_invariant = Machine(asked.target), asked, o, batch_invariant
         self.few, self.many = cut_of(asked, decode=True), cut_of(asked, decode=False)
 
     def emit(self) -> None:
         asked, o, few = self.asked, self.o, self.few
+        if self.batch_invariant:  # which kernel takes a sequence depends on its own rows alone, and so does its order
+            self.decode(T.int32(1), T.int32(0), None, None)
+            self.prefill()
+            return
         # Where every sequence could have one row, the splitting kernel takes them all, also those that have more.
         everything = T.bind(T.Cast("int32", o.n <= o.b))
         # By comparison: common subexpressions move out of the guard against no sequences, a division with them.
@@ -152,6 +158,8 @@ class _Launches:
 
                 def found(row: Any, head: Any, peak: Any, total: Any, tile: Tile = tile, place: Any = place) -> Columns:
                     """What a split found, or the answer where there is but one."""
+                    if sums is None:
+                        return self.answer(row, head, peak, total)
 
                     def store(column: Any, values: list[Any]) -> None:
                         with T.If(splits == 1):

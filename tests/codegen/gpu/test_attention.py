@@ -45,27 +45,29 @@ COVER = [
 class Case:
     """Random sequences of one case, and its kernel's answers on the software device."""
 
-    def __init__(self, kind, dtype, case):
+    def __init__(self, kind, dtype, case, **how):
         from llmc.codegen.gpu.attention import paged_attention
 
         self.heads, self.kv_heads, self.head_dim, self.v_dim, self.page_size, self.options = CASES[case]
         self.dtype, self.scale, self.target = dtype, 1.5 * self.head_dim**-0.5, emission.target(kind)
         shape = (self.heads, self.kv_heads, self.head_dim, self.v_dim)
-        self.kernel = paged_attention(self.target, *shape, dtype, self.page_size, False, self.scale, **self.options)
+        self.kernel = paged_attention(
+            self.target, *shape, dtype, self.page_size, False, self.scale, **self.options, **how
+        )
         self.sinks = pages.normal(9, self.heads) if self.options.get("sinks") else None
 
-    def sequences(self, batch):
-        for s, (length, new) in enumerate(batch):
+    def sequences(self, batch, first=0):
+        for s, (length, new) in enumerate(batch, first):
             k = pages.normal([s, 1], (length, self.kv_heads, self.head_dim), self.dtype)
             v = pages.normal([s, 2], (length, self.kv_heads, self.v_dim), self.dtype)
             q = pages.normal([s, 0], (new, self.heads, self.head_dim), self.dtype, 2)
             yield q, k, k[..., : self.v_dim] if self.options.get("v_width") else v
 
-    def answers(self, batch):
+    def answers(self, batch, first=0):
         from llmc.codegen.software_device import Unwritten, check_all
 
         table = pages.tables(batch, self.page_size)
-        queries, keys, values = zip(*self.sequences(batch), strict=True)
+        queries, keys, values = zip(*self.sequences(batch, first), strict=True)
         pools = [pages.paged(x, table, self.page_size) for x in (keys, values)[: 1 if "v_width" in self.options else 2]]
         q = np.concatenate(queries)
         out = Unwritten((len(q), self.heads, self.v_dim), self.dtype)
@@ -110,6 +112,16 @@ def test_matches_float64_everywhere(kind, dtype, case):
 def test_a_dropped_option_is_seen(kind):
     case = Case(kind, "float16", "window in chunk")
     assert min(case.error([(130, 50), (90, 1)], **wrong) for wrong in ({"window": 10}, {"chunk": 0})) > 1e-2
+
+
+@pytest.mark.parametrize(("kind", "dtype", "case"), [("cuda", "bfloat16", "sinks"), ("metal", "float32", "grouped")])
+def test_batch_invariant_sequences_are_the_same_bits_alone(kind, dtype, case):
+    one = Case(kind, dtype, case, batch_invariant=True)
+    batch = [(700, 1), (33, 5), (130, 50), (9, 0), (64, 64)]
+    together = one.answers(batch)
+    for s, sequence in enumerate(batch):
+        assert not sequence[1] or np.array_equal(one.answers([sequence], first=s)[0], together[s])
+    assert one.error(batch) < TOLERANCE[dtype]
 
 
 def without(what):
