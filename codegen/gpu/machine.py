@@ -172,6 +172,11 @@ class Machine:
         register[0] = value
         return T.bind(register[0])
 
+    @property
+    def barrier_orders_tensors(self) -> bool:
+        """A plain barrier is for tensors, too."""
+        return self.language != "msl"
+
     def barrier(self, device: bool = False) -> None:
         """All threads of the block have come here, and see what each wrote to shared memory before.
 

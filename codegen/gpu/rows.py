@@ -199,8 +199,11 @@ class _Emit(Elements):
             if a == b and (write or writing) and lo <= high and low <= hi
         ]
         if meets:
-            self.machine.barrier(device=any(kind != "shared" for kind, _ in meets))
-            self.touched = []
+            device = any(kind not in ("shared", "partial") for kind, _ in meets)
+            self.machine.barrier(device=device)
+            # Where a barrier is for shared memory alone, tensors are as they were.
+            ordered = device or self.machine.barrier_orders_tensors
+            self.touched = [] if ordered else [t for t in self.touched if t[0][0] not in ("shared", "partial")]
         self.touched += new
 
     def memory(self, slot: Slot) -> tuple[str, int]:

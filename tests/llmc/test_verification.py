@@ -70,3 +70,41 @@ def test_a_whole_model(target, dtype, tmp_path):
     found = llmc.verify(path, target)
     assert found.passed, str(found)
     assert [step["tokens"] for step in found.steps] == [19, 10, 2, 2]
+
+
+def greedy(path, target, prompt):
+    """64 greedy tokens of an artifact's GPU target on the software device, through the runtime's own engine."""
+    import zipfile
+    from pathlib import Path
+
+    import tvm
+
+    from llmc import targets
+    from llmc.codegen.library import machine_code
+    from llmc.codegen.software_device import device
+    from llmc.runtime.devices.gpu import GpuExecutor
+    from llmc.runtime.engine import Engine
+    from llmc.runtime.model import Model
+
+    manifest = artifact.read(path)
+    [entry] = [t for t in manifest.targets if t.target == target]
+    [facts] = targets.parse(target)
+    with zipfile.ZipFile(Path(path) / entry.sources.file) as sources:
+        module = tvm.ir.load_json(sources.read("module.json").decode())
+    device.install(entry.kind, strict=False)
+    executable, _ = machine_code(module, tvm.target.Target(facts.tvm(), host={"kind": "llvm"}))
+    machine = executable.mod["vm_load_executable"]()
+    executor = GpuExecutor(Path(path), manifest, entry, cache_tokens=256, machine=machine)
+    with Model(manifest, Engine(executor), target=target) as model:
+        return model.generate(prompt, max_tokens=64, ignore_eos=True).token_ids
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("target", ["cuda:sm_90", "rocm:gfx942", "metal"])
+def test_greedy_tokens_are_the_cpus(target, tiny_python, tmp_path, isolated):
+    path = llmc.compile(TINY_PYTHON, target, output=tmp_path / "tiny.llmc", dtype="float32")
+    with llmc.load(tiny_python) as model:
+        prompt = model.tokenizer.encode("def read_lines(path):")
+        expected = model.generate(prompt, max_tokens=64, ignore_eos=True).token_ids
+    assert isolated(greedy, str(path), target, prompt, timeout=3000) == expected
