@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import re
 import zipfile
+from pathlib import Path
 
 import pytest
 import tvm
+import tvm_ffi
 
 from llmc import codegen, targets
 from llmc.codegen.binaries import barriers, cuda, host, metal, process, rocm
@@ -136,3 +139,12 @@ def test_shared_memory_beyond_the_machine_is_refused():
 
 def test_report_travels_as_json(built):
     assert json.loads(json.dumps(built("metal")[3]))["kernels"]
+
+
+def test_a_mac_finds_every_function_in_tvms_library(built):
+    """What is looked up among everything that is loaded is declared in the header of TVM's C functions."""
+    [header] = Path(tvm_ffi.__file__).parent.rglob("c_api.h")
+    declared = set(re.findall(r"\b(TVMFFI\w+)\(", header.read_text()))
+    bound = MachO(built("metal")[1].read_bytes()).bound
+    looked_up = {name for name, place in bound.items() if place == MachO.FLAT}
+    assert looked_up and looked_up <= declared

@@ -1,12 +1,9 @@
 """Linking for every host from this one, and what is refused of what comes out."""
 
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import tvm_ffi
 
 from llmc.codegen.binaries import host
 from llmc.codegen.binaries.elf import Elf
@@ -82,10 +79,3 @@ def test_files_of_another_kind_are_refused():
         Elf(b"#!/bin/sh", "x")
     with pytest.raises(CompileError, match="x: expected a Mach-O library for arm64, found 2321"):
         MachO(b"#!/bin/sh", "x")
-
-
-def test_tvms_functions_are_those_of_its_header():
-    """What libraries take from TVM begins so, and there is nothing else of that name."""
-    [header] = Path(tvm_ffi.__file__).parent.rglob("c_api.h")
-    names = re.findall(r"\b(TVMFFI\w+)\(", header.read_text())
-    assert "TVMFFIErrorSetRaisedFromCStrParts" in names and "TVMFFIFunctionCall" in names
