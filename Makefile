@@ -10,7 +10,7 @@ environment: $(VENV)/.stamp
 $(VENV)/.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e '.[compile,dev]'
+	$(BIN)/pip install --quiet -e '.[compile,cuda,dev]'
 	$(BIN)/python -m llmc.runtime.hip.build --optional
 	touch $@
 
