@@ -50,7 +50,7 @@ def plan(product: Product, batch: int) -> Plan:
     split = 1
     while split < WARPS and product.columns // width * split < full and pieces >= 4 * split:
         split *= 2
-    ahead = max(1, min(8 // width, pieces // split)) if batch <= 4 else 1
+    ahead = max(1, min((8 if batch <= 4 else 4) // width, pieces // split))
     return Plan(batch, width, split, ahead)
 
 
@@ -71,7 +71,7 @@ def tile(operands: Operands, rows: RowMap, made: Plan, column_tile: Any) -> None
 
     def read(words: Registers, k: Any) -> None:
         for j, base in enumerate(weights):
-            m.fetch(operands.w.words, base + k, product.weight, words, j * 4, chunk)
+            m.fetch(operands.w.words, base + k, product.weight, words, j * 4, chunk, once=True)
 
     def multiply(words: Registers, k: Any) -> None:
         w = [m.unpack(words, j * 4, product.weight, chunk) for j in range(width)]

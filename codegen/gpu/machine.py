@@ -280,13 +280,19 @@ class Machine:
         nan = T.bitwise_and(word, u(0x7FFFFFFF)) > u(0x7F800000)
         return T.Cast("uint16", T.Select(nan, T.bitwise_or(T.shift_right(word, u(16)), u(0x40)), rounded))
 
-    def fetch(self, words: Any, element: Any, dtype: str, to: Registers, at: int, count: int) -> None:
+    def fetch(
+        self, words: Any, element: Any, dtype: str, to: Registers, at: int, count: int, once: bool = False
+    ) -> None:
         """Load `count` elements of `dtype` into the words to[at], …, in one access of count * bytes ≥ 4.
 
         words: `flat(buffer, "uint32")`; element: number of the first, a multiple of `count`. At most 16 bytes.
+        once: nobody writes them or reads them again: where it can be said, they stay out of the first cache.
         """
         lanes, index = self._words(element, dtype, count)
-        if lanes == 1:
+        if once and lanes == 4 and self.language == "cuda":
+            load = T.ptx["ld.global.nc.L1::no_allocate.v4.b32"]
+            T.evaluate(load(*(to[at + i] for i in range(4)), words.ptr_to([index])))
+        elif lanes == 1:
             to[at] = words[index]
         else:
             T.buffer_store(to.buffer, words.vload([index], f"uint32x{lanes}"), [T.ramp(at, 1, lanes)])

@@ -40,6 +40,10 @@ class Case:
         self.w = self.normal((*lead, columns, depth), weight)
         self.bias = self.normal((*lead, columns), self.epilogue.bias) if self.epilogue.bias else None
 
+    @property
+    def label(self):
+        return f"{self.columns}x{self.depth}-{self.weight}-{self.activation}"
+
     def normal(self, shape, dtype):
         return self.random.standard_normal(shape).astype(numpy_dtype(dtype))
 
