@@ -136,6 +136,13 @@ def _dtype(parameter) -> str:
     return str(getattr(parameter.ty, "dtype", None) or "handle")
 
 
+class _Told(DeviceFault):
+    """What TVM makes of a message: the fault that it tells of, with all that is known of it."""
+
+    def __new__(cls, message: str):
+        return _last[0] if _last else DeviceFault(message)
+
+
 _Describe = ctypes.CFUNCTYPE(None, ctypes.POINTER(Fault), ctypes.c_void_p, ctypes.c_size_t)
 _callbacks: list[Callable] = []
 
@@ -161,6 +168,7 @@ def _machine() -> ctypes.CDLL:
     machine.device_connect(tell, raise_error)
     for known in (DeviceFault, CompileError):  # what passes through TVM comes out as it went in
         tvm_ffi.error.register_error(known.__name__, known)
+    tvm_ffi.error.register_error("DeviceFault", _Told)
     return machine
 
 

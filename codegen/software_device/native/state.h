@@ -128,7 +128,6 @@ extern Machine machine;
 Fault *begin_fault(int kind, uint32_t place);
 void raise_fault();
 void fault(int kind, uint32_t place, const char *detail);
-void abandon_lane();
 
 // Whether an access has a meaning; records a fault if not. `lane` takes it.
 bool check_read(Lane *lane, const void *address, size_t bytes, uint32_t place);
