@@ -46,6 +46,11 @@ def load(
         isinstance(cache_tokens, bool) or not isinstance(cache_tokens, int) or cache_tokens < 1
     ):
         raise RequestError(f"cache_tokens: expected a whole number of at least 1, found {cache_tokens!r}")
+    if batch_invariant and entry.kind != "cpu":
+        raise RequestError(
+            f"batch_invariant: the kernels of {entry.target} sum in an order that depends on the number of rows; "
+            "leave it out, or load the artifact's cpu target"
+        )
     executor = open_executor(folder, manifest, entry, cache_tokens=cache_tokens, device=device)
     tokenizer = Tokenizer(folder, list(manifest.files)) if "tokenizer.json" in manifest.files else None
     ends = _eos_token_ids(folder, manifest)
