@@ -3,6 +3,9 @@
 // A stream's work is done when somebody waits for it, and not before, so that a missing wait shows. A launched kernel runs
 // as a function of the same name in the library HIP_STAND_IN_KERNELS, if it has one:
 //   extern "C" void NAME(const char* arguments, const unsigned grid[3], const unsigned block[3], unsigned shared)
+// or as the software device's function of that name, if HIP_STAND_IN_SIGNATURES has a line for it: the name, and a letter
+// for each argument (p: pointer, l: int64, i: int32, f: float32). Where the process has the software device, memory is
+// its own.
 //
 // HIP_STAND_IN_LOG      file that calls are appended to
 // HIP_STAND_IN_DEVICES  how many cards there are (2)
@@ -15,7 +18,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <functional>
+#include <map>
 #include <string>
 #include <utility>
 #include <vector>
@@ -74,6 +79,70 @@ void Do(void* stream, std::function<void()> work) {
   } else {
     work();
   }
+}
+
+// TVMFFIAny, by which the software device's functions take arguments.
+struct Any {
+  int32_t type = 0, unused = 0;
+  union {
+    int64_t integer = 0;
+    double number;
+  };
+};
+
+// The arguments as they lie in memory, each at a multiple of its own size, and then the launch.
+std::vector<Any> Unpack(const std::string& letters, const std::string& arguments, const unsigned launch[7]) {
+  std::vector<Any> values;
+  size_t at = 0;
+  for (const char letter : letters) {
+    const size_t size = letter == 'p' || letter == 'l' ? 8 : 4;
+    at = (at + size - 1) / size * size;
+    Any value;
+    if (letter == 'f') {
+      float number;
+      std::memcpy(&number, &arguments.at(at), sizeof(number));
+      value.number = number;
+    } else {
+      std::memcpy(&value.integer, &arguments.at(at), size);
+    }
+    values.push_back(value);
+    at += size;
+  }
+  for (int i = 0; i < 7; ++i) values.emplace_back().integer = launch[i];
+  return values;
+}
+
+const std::map<std::string, std::string>& Signatures() {
+  static const std::map<std::string, std::string> found = [] {
+    std::map<std::string, std::string> signatures;
+    std::ifstream file(Env("HIP_STAND_IN_SIGNATURES", "/dev/null"));
+    for (std::string name, letters; file >> name >> letters;) signatures[name] = letters;
+    return signatures;
+  }();
+  return found;
+}
+
+// What a launch does: nothing where nobody knows the kernel.
+void Run(const std::string& name, const std::string& arguments, const unsigned launch[7]) {
+  static void* library = dlopen(Env("HIP_STAND_IN_KERNELS", "none"), RTLD_NOW);
+  const auto signature = Signatures().find(name);
+  if (signature != Signatures().end()) {
+    using Entry = int (*)(void*, const Any*, int32_t, Any*);
+    const Entry entry = reinterpret_cast<Entry>(dlsym(library, ("__tvm_ffi_" + name).c_str()));
+    const std::vector<Any> values = Unpack(signature->second, arguments, launch);
+    Any result;
+    if (!entry || entry(nullptr, values.data(), static_cast<int32_t>(values.size()), &result)) std::abort();
+  } else if (library) {
+    using Kernel = void (*)(const char*, const unsigned*, const unsigned*, unsigned);
+    const Kernel kernel = reinterpret_cast<Kernel>(dlsym(library, name.c_str()));
+    if (kernel) kernel(arguments.data(), launch, launch + 3, launch[6]);
+  }
+}
+
+// A function of the software device, if the process has it open.
+template <typename Function>
+Function* Device(const char* name) {
+  return reinterpret_cast<Function*>(dlsym(RTLD_DEFAULT, name));
 }
 
 int Malloc(void** memory, size_t bytes) {
@@ -139,11 +208,17 @@ HIP hipDriverGetVersion(int* version) {
 HIP hipMalloc(void** memory, size_t bytes) {
   FAIL_IF_TOLD();
   Log("hipMalloc %zu on %d", bytes, current);
+  if (auto* allocate = Device<void*(size_t)>("device_allocate")) {
+    ++live;
+    *memory = allocate(bytes);
+    return *memory ? 0 : 2;
+  }
   return Malloc(memory, bytes);
 }
 
 HIP hipFree(void* memory) {
-  std::free(memory);
+  auto* release = Device<void(void*)>("device_free");
+  (release ? release : std::free)(memory);
   Log("hipFree, %ld left", --live);
   return 0;
 }
@@ -163,6 +238,7 @@ HIP hipMemcpy(void* to, const void* from, size_t bytes, int kind) {
   FAIL_IF_TOLD();
   Log("hipMemcpy %zu kind %d on %d", bytes, kind, current);
   std::memcpy(to, from, bytes);
+  if (auto* wrote = Device<void(void*, size_t)>("device_host_wrote")) wrote(to, bytes);
   return 0;
 }
 
@@ -270,12 +346,8 @@ HIP hipModuleLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsi
   Log("hipModuleLaunchKernel %s grid %u %u %u block %u %u %u shared %u, %zu bytes on %d", name.c_str(), grid_x, grid_y,
       grid_z, block_x, block_y, block_z, shared, arguments.size(), current);
   Do(stream, [=] {
-    static void* library = dlopen(Env("HIP_STAND_IN_KERNELS", "none"), RTLD_NOW);
-    const auto run = library ? reinterpret_cast<void (*)(const char*, const unsigned*, const unsigned*, unsigned)>(
-                                   dlsym(library, name.c_str()))
-                             : nullptr;
-    const unsigned grid[] = {grid_x, grid_y, grid_z}, block[] = {block_x, block_y, block_z};
-    if (run) run(arguments.data(), grid, block, shared);
+    const unsigned launch[] = {grid_x, grid_y, grid_z, block_x, block_y, block_z, shared};
+    Run(name, arguments, launch);
   });
   return 0;
 }
