@@ -43,7 +43,11 @@ class Squares:
             return None
         vectors = WARPS * VECTORS
         heads = -(-asked.group // -(-asked.group // vectors))
-        return Squares(vectors // heads, heads, 32)
+        # Keys or values, scores, weights, and the squares that sums are multiplied with.
+        element = 2 if asked.dtype == "float16" else 4
+        token = widest * element + vectors * (4 + element)
+        room = target.shared_bytes - WARPS * 2 * SIDE * SIDE * 4 - 1024
+        return Squares(vectors // heads, heads, 32 if 32 * token <= room else 16)
 
     @property
     def warps(self) -> int:
@@ -96,6 +100,7 @@ class _Attend:
         self.down = cut.tokens // SIDE  # squares of tokens in a tile
         self.place = m.shared(cut.tokens * max(asked.head_dim, asked.v_dim), self.dtype)
         self.scores = m.shared(WARPS * VECTORS * cut.tokens)
+        # Not the place of scores, of which a lane overwrites its own: TVM's check of shared memory can't tell.
         self.weights = m.shared(WARPS * VECTORS * cut.tokens, self.dtype)
         self.shrink = m.shared(WARPS * 2 * SIDE * SIDE)
         # A lane's own query vector, of which it has every second square of tokens.

@@ -195,3 +195,23 @@ def test_keys_with_tokens_last_are_refused():
 
     with pytest.raises(ValueError, match=r"expected keys with tokens before columns.*found keys_token_last=True"):
         paged_attention(emission.target("cuda"), 2, 1, 8, 8, "float32", 16, True, 1.0)
+
+
+def shared_memory(kind):
+    """Bytes of shared memory that each kernel declares."""
+    import re
+
+    from llmc.codegen.gpu.attention import paged_attention
+
+    size, found = {"float": 4, "half": 2, "int": 4}, []
+    for dtype, width in itertools.product(("float16", "bfloat16"), (64, 128, 256)):
+        kernel = paged_attention(emission.target(kind), 16, 1, width, width, dtype, 16, False, 0.1)
+        for text in emission.source(kernel, kind).split("kernel void ")[1:]:
+            declared = re.findall(r"threadgroup (\w+) \w+\[(\d+)\]", text)
+            found.append(sum(size[of] * int(count) for of, count in declared))
+    return found
+
+
+def test_threadgroup_memory_fits(isolated):
+    """Metal's compiler would be the first to complain, at a user's."""
+    assert 16 << 10 < max(isolated(shared_memory, "metal")) <= emission.target("metal").shared_bytes
