@@ -237,7 +237,8 @@ def main(arguments: list[str] | None = None) -> int:
         configs = [config_of(path, given.config) for path in given.artifact]
         dtype = artifact.read(given.artifact[0]).model["dtype"]
         small = {"copied": 1 << 26, "size": 512} if given.device == "cpu" else {}
-        card = roof.measure(given.device, dtype, **small)
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # which gives the card's memory back
+            card = pool.submit(roof.measure, given.device, dtype, **small).result()
         for path, config in zip(given.artifact, configs, strict=True):
             row = bench(
                 path, config, card, device=given.device, tasks=tasks, compiled=not given.eager, rounds=given.rounds
