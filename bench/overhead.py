@@ -44,7 +44,10 @@ class Nothing:
         self.times.append(time.perf_counter())
         return self._logits[: len(logit_rows)]
 
-    samples = False
+    samples = False  # the engine draws tokens itself
+
+    def sample(self, logits, draws):
+        raise NotImplementedError("this executor draws no tokens")
 
     def fetch(self, logits):
         return logits
