@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 import llmc
+from llmc.cli import main
 from llmc.runtime import artifact
 from llmc.verification import Report, choose
 from llmc.verification_worker import error_bound
@@ -59,6 +60,22 @@ def test_bounds_grow_with_the_root_of_the_depth():
     assert error_bound("float32", 100) == 1e-4
     assert error_bound("bfloat16", 16) == pytest.approx(2 * error_bound("bfloat16", 4))
     assert error_bound("float16", 4) < 0.01 < error_bound("bfloat16", 4) < 0.1
+
+
+@pytest.mark.parametrize("found, code", [(report(), 0), (report(fault="race"), 1)])
+def test_exit_codes(found, code, tiny_python, monkeypatch, capsys):
+    monkeypatch.setattr(llmc, "verify", lambda path, target: found, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", str(tiny_python), "--target", "metal"])
+    assert (ended.value.code or 0) == code
+    assert capsys.readouterr().out.splitlines()[-1] == ("passed" if code == 0 else "FAILED")
+
+
+def test_a_wrong_target_is_wrong_usage(tiny_python, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", str(tiny_python), "--target", "metal"])
+    assert ended.value.code == 2
+    assert "no target 'metal' in this artifact" in capsys.readouterr().err
 
 
 @pytest.mark.slow
