@@ -162,6 +162,11 @@ CASES = {
         lambda e, x: R.concat([x, e(R.strided_slice(x, [1], [48], [48]))], axis=1),
         0,
     ),
+    "more_than_shared_memory_holds": (
+        [(F, ("n", 16384))],
+        lambda e, x: R.nn.softmax(e(R.subtract(e(R.tanh(x)), e(R.mean(e(R.tanh(x)), [1], keepdims=True)))), -1),
+        4e-6,
+    ),
     "wide": ([(F, ("n", 700))], lambda e, x: R.subtract(x, e(R.mean(x, [1], keepdims=True))), 2e-6),
 }  # fmt: skip
 
