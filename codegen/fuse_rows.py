@@ -12,6 +12,7 @@ from tvm.relax import op as R
 from llmc.ir.rewrite import Rewriter, bindings, op_name
 
 from .backend import backend
+from .rows import values as V
 from .rows.naming import region_name
 from .rows.program import Program
 from .rows.rules import RULES
@@ -252,6 +253,7 @@ class _Build:
         self.outputs: dict = {}
         self.aliases: dict = {}
         self.doubles: dict = {}
+        self.copied: dict = {}  # contents of a value, and the dtype they are kept in -> the variable that has them
         self.bindings = region.members
         self.tokens = _token_variable(region.members[0].var)
         members = {b.var for b in region.members}
@@ -281,6 +283,10 @@ class _Build:
             if value.slot.kind == "output":
                 self.doubles[var] = written[value.slot.number]
                 return value
+        first = self.copied.setdefault((V.contents(value), row.dtype), var)
+        if first is not var:  # written out already under another shape: the angles, for every layer
+            self.doubles[var] = first
+            return value
         written[len(self.outputs)] = var
         self.outputs[var] = row
         return self.program.output(value, row.dtype)

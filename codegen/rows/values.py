@@ -186,6 +186,18 @@ def strided_slice(v: Value, axis: int, start: int, count: int, step: int = 1) ->
     return _moved(v, shape, (*v.strides[:axis], stride * step, *v.strides[axis + 1 :]), start * stride)
 
 
+def contents(v: Value) -> tuple:
+    """Equal for values that have the same elements in the same order, whatever axes of length 1 stand between them."""
+    shape = tuple(d for d in v.shape if d != 1)
+    if isinstance(v, Apply):
+        return v.op, v.dtype, shape, repr(sorted(v.attrs.items())), tuple(map(contents, v.args))
+    if isinstance(v, Scalar):
+        return v.dtype, shape, repr(v.value)
+    assert isinstance(v, (Memory, Affine))
+    strides = tuple(s for d, s in zip(v.shape, v.strides, strict=True) if d != 1)
+    return v.dtype, shape, strides, v.offset, v.slot if isinstance(v, Memory) else None
+
+
 def leaves(v: Value):
     """The leaves of an expression."""
     if isinstance(v, Apply):

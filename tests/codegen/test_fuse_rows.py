@@ -84,8 +84,22 @@ def added(e, pair):
 
 
 X, P = (F, ("n", 48)), ("int32", ("n",))
+
+
 # name -> (operands, what is made of them, how far off the result may be)
+def an_axis_for_each_layer(dtype):
+    """The angles: every layer gives them an axis of its own, and reads the same numbers."""
+
+    def make(e, x):
+        cos = e(R.astype(e(R.cos(x)), dtype)) if dtype != F else e(R.cos(x))
+        return tuple(e(R.expand_dims(cos, axis)) for axis in (1, 2, 1, 2))
+
+    return make
+
+
 CASES = {
+    "an_axis_for_each_layer": ([(F, ("n", 16))], an_axis_for_each_layer(F), 1e-6),
+    "an_axis_for_each_layer_in_half": ([(F, ("n", 16))], an_axis_for_each_layer("float16"), 1e-3),
     "rms_norm": ([X, (F, (48,))], rms, 2e-6),
     "rms_norm_of_half": ([("bfloat16", ("n", 48)), (F, (48,))], rms, 2e-6),
     "layer_norm": (
@@ -262,3 +276,10 @@ def test_nothing_is_left_outside():
     made, _ = fused()
     left = {name: {op_name(b.value) for b in bindings(made[name])} - {"call_tir", "reshape", None} for name in CASES}
     assert {name: ops for name, ops in left.items() if ops} == {}
+
+
+@pytest.mark.parametrize("name", ["an_axis_for_each_layer", "an_axis_for_each_layer_in_half"])
+def test_what_every_layer_reads_is_written_once(name):
+    made, _ = fused()
+    [kernel] = [b for b in bindings(made[name]) if op_name(b.value) == "call_tir"]
+    assert isinstance(kernel.var.ty, relax.TensorType)
