@@ -15,12 +15,13 @@ import numpy as np
 
 from llmc.runtime.artifact import Manifest, StateGroup, StateTensor, WeightsEntry
 from llmc.runtime.engine import Engine
+from llmc.runtime.executor import HostLogits
 from llmc.runtime.model import Model
 
 VOCAB = 128_256
 
 
-class Nothing:
+class Nothing(HostLogits):
     """An executor whose functions do nothing but take their arguments."""
 
     def __init__(self, pages: int = 4096, groups: int = 1):
@@ -43,14 +44,6 @@ class Nothing:
             self._tensor(array)
         self.times.append(time.perf_counter())
         return self._logits[: len(logit_rows)]
-
-    samples = False  # the engine draws tokens itself
-
-    def sample(self, logits, draws):
-        raise NotImplementedError("this executor draws no tokens")
-
-    def fetch(self, logits):
-        return logits
 
     def copy_pages(self, group, source, target):
         pass

@@ -58,8 +58,11 @@ class ArtifactReport:
         lines += [f"file      {name}" for name in manifest.files]
         lines += [f"note      {note}" for note in self.notes]
         if self.checked:
+            count = len(manifest.weights.tensors)
             lines.append(
-                f"checked   all {len(manifest.weights.tensors)} tensors and every file agree with their hashes"
+                "checked   every file agrees with its hash; random weights have none"
+                if manifest.weights.random
+                else f"checked   all {count} tensors and every file agree with their hashes"
             )
         return "\n".join(lines)
 

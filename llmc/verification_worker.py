@@ -23,7 +23,7 @@ from llmc.ir.errors import CompileError
 from llmc.ir.evaluate import Reference
 from llmc.runtime import artifact
 from llmc.runtime.devices.gpu import GpuExecutor
-from llmc.runtime.executor import Draws, Executor, Table
+from llmc.runtime.executor import Draws, Executor, HostLogits, Table
 from llmc.runtime.sampler import Sampling, best, distribution
 
 CACHE_TOKENS = 512
@@ -53,7 +53,7 @@ def error_bound(dtype: str, layers: int) -> float:
     return 2 * ROUNDOFF[dtype] * math.sqrt(2 * ROUNDINGS * layers)
 
 
-class ReferenceExecutor:
+class ReferenceExecutor(HostLogits):
     """The plain loops of src/…zip, on this CPU, over the artifact's weights."""
 
     def __init__(self, module: tvm.IRModule, folder: Path, manifest: artifact.Manifest, entry: artifact.TargetEntry):
@@ -77,14 +77,6 @@ class ReferenceExecutor:
         given = (positions, qo_indptr, logit_rows, *(array for table in tables for array in table))
         placed = [tvm.runtime.tensor(array) for array in given]
         return self.machine["step"](hidden, *placed, self.pools, self.weights["step"]).numpy()
-
-    samples = False
-
-    def fetch(self, logits: np.ndarray) -> np.ndarray:
-        return logits
-
-    def sample(self, logits: Any, draws: Draws) -> np.ndarray:
-        raise NotImplementedError("the reference draws no tokens")
 
     def copy_pages(self, group: int, source: Sequence[int], target: Sequence[int]) -> None:
         raise NotImplementedError("the steps of a verification share no pages")

@@ -72,22 +72,38 @@ class Executor(Protocol):
         """Let go of pages and weights."""
 
 
+class HostLogits:
+    """The part of an executor whose logits are arrays of this process anyway: `runtime.sampler` draws from them."""
+
+    samples = False
+
+    def sample(self, logits: np.ndarray, draws: Draws) -> np.ndarray:
+        raise NotImplementedError("logits are in this process's memory: runtime.sampler draws from them")
+
+    def fetch(self, logits: np.ndarray) -> np.ndarray:
+        return logits
+
+
 def aligned(size: int) -> np.ndarray:
-    """An int32 array [size] at a multiple of 64 bytes, as compiled code may expect of a tensor."""
-    raw = np.zeros(size * 4 + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + size * 4].view(np.int32)
+    """An int32 array [size] of zeros at a multiple of 64 bytes, as compiled code may expect of a tensor."""
+    array = _aligned_bytes(size * 4).view(np.int32)
+    array[:] = 0
+    return array
 
 
 def aligned_copy(array: np.ndarray) -> np.ndarray:
     """The array, at a multiple of 64 bytes: a copy where it is not."""
     if array.ctypes.data % ALIGNMENT == 0:
         return array
-    raw = np.empty(array.nbytes + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    copy = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy = _aligned_bytes(array.nbytes).view(array.dtype).reshape(array.shape)
     copy[...] = array
     return copy
+
+
+def _aligned_bytes(size: int) -> np.ndarray:
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size]
 
 
 def page_bytes(group: StateGroup) -> int:

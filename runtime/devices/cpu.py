@@ -12,7 +12,7 @@ import numpy as np
 
 from ..artifact import Manifest, StateGroup, TargetEntry, Weights, check, inside
 from ..dlpack import CPU, View
-from ..executor import Draws, Table, aligned, aligned_copy
+from ..executor import HostLogits, Table, aligned, aligned_copy
 from ..libraries import ffi, function, open_library
 from ..random_weights import RandomWeights
 from ..weights import Spec
@@ -20,13 +20,11 @@ from ..weights import Spec
 _NORESERVE = 0x4000 if sys.platform == "linux" else 0  # mmap.MAP_NORESERVE, which not every Python names
 
 
-class CpuExecutor:
+class CpuExecutor(HostLogits):
     """An artifact's library on this machine's CPU.
 
     The page pools are reserved without being committed: memory is taken page by page as sequences grow into it.
     """
-
-    samples = False
 
     def __init__(self, folder: Path, manifest: Manifest, target: TargetEntry, pages: Sequence[int]):
         """Raises ArtifactError: a file is damaged or missing, or the library can't be opened or lacks a function."""
@@ -92,12 +90,6 @@ class CpuExecutor:
         )
         logits = np.from_dlpack(logits)
         return logits if rows else logits[:0]
-
-    def fetch(self, logits: np.ndarray) -> np.ndarray:
-        return logits
-
-    def sample(self, logits: Any, draws: Draws) -> np.ndarray:
-        raise NotImplementedError("logits are in this process's memory: runtime.sampler draws from them")
 
     def copy_pages(self, group: int, source: Sequence[int], target: Sequence[int]) -> None:
         pairs = aligned(len(source)), aligned(len(target))

@@ -295,6 +295,7 @@ def test_random_weights_need_a_config_alone(tmp_path, folder):
     assert not (path / "weights.safetensors").exists()
     report = llmc.inspect(path, check=True)
     assert "the weights are random" in str(report)
+    assert "checked   every file agrees with its hash; random weights have none" in str(report)
     prompts = [[1, 2, 3], [4]]
     with llmc.load(path) as model, llmc.load(path) as other:
         found = model.logits(prompts)
