@@ -19,9 +19,10 @@ import tvm
 from torch import nn
 
 from llmc.frontend import export as exporting
-from llmc.frontend import random_weights
+from llmc.frontend import quantized, random_weights
 from llmc.frontend import weights as checkpoints
 from llmc.frontend.importer import dtype_name, import_program
+from llmc.frontend.quantized import QuantizedTensor
 from llmc.frontend.weights import LazyTensor
 from llmc.ir.errors import SourceError
 
@@ -41,6 +42,7 @@ class Imported:
     module: the imported form. weights: every weight that the module takes, by name. facts: JSON-able facts of the
     model. files: files that travel into the artifact (tokenizer, chat template, generation config). origin: name, size
     and time of change (ns) of every file of the source, by which a later compilation knows it again.
+    quantized: those of the weights that the checkpoint stores in few bits.
     """
 
     module: tvm.IRModule
@@ -48,6 +50,10 @@ class Imported:
     facts: dict[str, Any]
     files: dict[str, bytes]
     origin: list[tuple[str, int, int]]
+
+    @property
+    def quantized(self) -> dict[str, QuantizedTensor]:
+        return {name: weight for name, weight in self.weights.items() if isinstance(weight, QuantizedTensor)}
 
 
 def load(
@@ -66,6 +72,7 @@ def load(
         raise SourceError(f"expected a dtype to compute in, one of {', '.join(COMPUTE)}; found {dtype}")
     folder, file = locate(source)
     config = read_config(folder)
+    quantization = quantized.take_config(config)
     text = config.get_text_config(decoder=True)
     model_class, own_config = class_of(config)
     model = _explained(config, "be built", lambda: exporting.build(model_class, own_config, getattr(torch, dtype)))
@@ -76,7 +83,12 @@ def load(
         unused: list[str] = []
         notes.append("the weights are random: this artifact is for benchmarks")
     else:
-        tensors, unused = checkpoints.convert(model, checkpoints.open_checkpoint(folder, file))
+        stored = checkpoints.open_checkpoint(folder, file)
+        if quantization is not None:
+            stored, own = quantized.read(quantization, stored, dtype)
+            notes += own
+        tensors, unused = checkpoints.convert(model, stored)
+        quantized.orient(model, tensors)
     names = name_parameters(model, tensors)
     if text is not config:
         notes.append(f"the text half of a multimodal model ({config.model_type}): it takes no pictures and no sound")
@@ -90,8 +102,8 @@ def load(
     expect_attention(config, text, count)
     check_weights(model, names, tensors)
     parameters = {f"model.{name}": weight for name, weight in names.items()}
-    stored = {name: tensor.dtype for name, tensor in tensors.items()}
-    module = _explained(config, "be translated", lambda: import_program(program, parameters, stored))
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    module = _explained(config, "be translated", lambda: import_program(program, parameters, dtypes))
     used = [str(name) for name in module["main"].attrs["llmc.weights"]]
     missing = [name for name in used if name not in tensors]
     if missing:
@@ -112,10 +124,14 @@ def load(
 
 
 def stored_dtype(source: str | os.PathLike, *, weights: str = "load") -> str:
-    """The dtype of most of a checkpoint's numbers ("bfloat16"); of random weights what config.json says, or float32."""
+    """The dtype of most of a checkpoint's numbers ("bfloat16").
+
+    Of random weights and of a quantized checkpoint what config.json says, or float32.
+    """
     folder, file = locate(source)
-    if weights == "random":
-        stored_in = getattr(read_config(folder).get_text_config(decoder=True), "dtype", None)
+    config = read_config(folder)
+    if weights == "random" or quantized.take_config(config) is not None:
+        stored_in = getattr(config.get_text_config(decoder=True), "dtype", None)
         return dtype_name(stored_in) if stored_in else "float32"
     sizes: dict[str, int] = {}
     for tensor in checkpoints.open_checkpoint(folder, file).values():
@@ -195,9 +211,6 @@ def read_config(folder: Path):
         raise SourceError(
             f"{path}: expected a model type that transformers {transformers.__version__} knows, found {kind!r}"
         )
-    if raw.get("quantization_config") or (raw.get("text_config") or {}).get("quantization_config"):
-        method = (raw.get("quantization_config") or raw["text_config"]["quantization_config"]).get("quant_method")
-        raise SourceError(f"{path}: expected plain weights, found a checkpoint quantized by {method}: not yet")
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:

@@ -29,6 +29,9 @@ DTYPES = {
     "I64": np.dtype("int64"),
     "U8": np.dtype("uint8"),
     "BOOL": np.dtype("bool"),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MOST_HEADER = 100 << 20  # bytes; the format's own limit
@@ -92,6 +95,14 @@ class LazyTensor:
     def narrow(self, dim: int, start: int, stop: int) -> "LazyTensor":
         """Entries start … stop-1 of axis dim."""
         return _Narrowed(self, dim % self.ndim, start, stop)
+
+    def _stack(self, tensors: Sequence["LazyTensor"]) -> "LazyTensor":
+        """Tensors, of which this is the first, side by side along a new first axis."""
+        return _Stacked(tensors)
+
+    def _join(self, tensors: Sequence["LazyTensor"], dim: int) -> "LazyTensor":
+        """Tensors, of which this is the first, one after the other along an axis that they have."""
+        return _Joined(tensors, dim)
 
     def _permuted(self, order: list[int]) -> "LazyTensor":
         return self if order == sorted(order) else _Permuted(self, order)
@@ -225,7 +236,7 @@ class _Reshaped(LazyTensor):
 
 
 def numpy_dtype(dtype: str) -> np.dtype:
-    return np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
+    return np.dtype(getattr(ml_dtypes, dtype)) if dtype.startswith(("bfloat", "float8")) else np.dtype(dtype)
 
 
 def _demand_alike(parts: Sequence[LazyTensor], dim: int | None) -> None:
@@ -239,13 +250,13 @@ def _demand_alike(parts: Sequence[LazyTensor], dim: int | None) -> None:
 def _stack(tensors, dim=0):
     if isinstance(tensors, LazyTensor):
         return tensors
-    stacked = _Stacked(tensors)
+    stacked = tensors[0]._stack(tensors)
     dim %= stacked.ndim
     return stacked._permuted([*range(1, dim + 1), 0, *range(dim + 1, stacked.ndim)])
 
 
 def _cat(tensors, dim=0):
-    return tensors[0] if len(tensors) == 1 else _Joined(tensors, dim % tensors[0].ndim)
+    return tensors[0] if len(tensors) == 1 else tensors[0]._join(tensors, dim % tensors[0].ndim)
 
 
 def _chunk(tensor, chunks, dim=0):
@@ -323,7 +334,7 @@ def _described(entry: dict) -> tuple[str, list[int], int, int]:
 
 
 class _Unreadable(Stored):
-    """A tensor of a dtype that is not read (8-bit floats, …): an error once somebody wants it, not before."""
+    """A tensor of a dtype that is not read (4-bit floats, …): an error once somebody wants it, not before."""
 
     def __init__(self, kind: str, shape: tuple[int, ...], place: str):
         self.shape, self.dtype, self.place = shape, kind.lower(), place

@@ -83,9 +83,9 @@ def test_remote_code_beside_a_native_type_is_not_run(llama):
     assert read_config(llama).model_type == "llama"
 
 
-def test_quantized_checkpoints_are_not_yet_read(llama):
-    change_config(llama, quantization_config={"quant_method": "gptq", "bits": 4})
-    refused("found a checkpoint quantized by gptq: not yet", llama)
+def test_methods_of_quantization_that_are_not_known(llama):
+    change_config(llama, quantization_config={"quant_method": "aqlm", "nbits_per_codebook": 16})
+    refused("expected a checkpoint quantized by awq, .*; found one quantized by aqlm: not supported; give the", llama)
 
 
 def test_arguments(llama):

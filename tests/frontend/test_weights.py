@@ -82,12 +82,18 @@ def test_a_file_cut_short_is_refused(tmp_path):
         open_safetensors(tmp_path / "model.safetensors")
 
 
-def test_a_tensor_of_8_bit_floats_is_refused_when_it_is_read(tmp_path):
-    path = header(
-        tmp_path / "a.safetensors", {"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}, b"1234"
-    )
-    with pytest.raises(SourceError, match=r"a: expected one of .* found dtype F8_E4M3"):
+def test_a_tensor_of_a_dtype_that_is_not_read_is_refused_when_it_is_read(tmp_path):
+    path = header(tmp_path / "a.safetensors", {"a": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}, b"1234")
+    with pytest.raises(SourceError, match=r"a: expected one of .* found dtype F4"):
         open_safetensors(path)["a"].read()
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("F8_E4M3", "float8_e4m3fn"), ("F8_E5M2", "float8_e5m2"), ("I8", "int8")])
+def test_tensors_of_8_bits_are_read(tmp_path, kind, dtype):
+    path = header(tmp_path / "a.safetensors", {"a": {"dtype": kind, "shape": [4], "data_offsets": [0, 4]}}, b"1234")
+    tensor = open_safetensors(path)["a"]
+    assert tensor.dtype == dtype and tensor.nbytes == 4
+    np.testing.assert_array_equal(tensor.read().view("uint8"), list(b"1234"))
 
 
 def test_an_index_is_followed(tmp_path):

@@ -1,0 +1,59 @@
+"""Codes in words: what checkpoints store as int32 or bytes, taken apart into one byte a code."""
+
+import numpy as np
+
+from llmc.frontend.quantized.tensor import Computed
+from llmc.frontend.weights import LazyTensor
+
+
+def unpack(words: np.ndarray, bits: int) -> np.ndarray:
+    """words [..., w] of int32 (or bytes) -> codes [..., w * word bits / bits] uint8, the lowest bits first.
+
+    A row is one stream of bits, so codes of 3 bits may lie across two words.
+    """
+    data = np.ascontiguousarray(words).view(np.uint8)
+    if bits == 8:
+        return data
+    if bits == 4:
+        codes = np.empty((*data.shape[:-1], data.shape[-1] * 2), np.uint8)
+        codes[..., ::2], codes[..., 1::2] = data & 15, data >> 4
+        return codes
+    stream = np.unpackbits(data, axis=-1, bitorder="little")
+    digits = stream.reshape(*stream.shape[:-1], -1, bits)
+    return (digits << np.arange(bits, dtype=np.uint8)).sum(-1, dtype=np.uint8)
+
+
+def along_rows(words: LazyTensor, bits: int, depth: int) -> LazyTensor:
+    """Codes [..., o, depth] of words [..., o, w] that hold a row's codes one after the other."""
+    return Computed(
+        (*words.shape[:-1], depth), "uint8", lambda start, stop: unpack(words.read(start, stop), bits)[..., :depth]
+    )
+
+
+def along_columns(words: LazyTensor, bits: int, columns: np.ndarray | None = None) -> LazyTensor:
+    """Codes [o, i] of words [i * bits / 32, o] that hold codes of one output one after the other.
+
+    columns: the inputs [i] in the order in which the result has them; by default as they are stored.
+    """
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        codes = unpack(words.narrow(1, start, stop).read().T, bits)
+        return codes if columns is None else codes[:, columns]
+
+    return Computed((words.shape[1], words.shape[0] * 32 // bits), "uint8", rows)
+
+
+def across(words: LazyTensor, bits: int, nibbles: np.ndarray) -> LazyTensor:
+    """Codes [o, n] of words [n, o * bits / 32], each of which holds codes of neighbouring outputs.
+
+    nibbles [32 / bits]: where in its word the code of each of these outputs lies, in codes from the lowest bits.
+    """
+    each = 32 // bits
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        low, high = start // each, -(-stop // each)
+        codes = unpack(words.narrow(1, low, high).read(), bits)
+        codes = codes.reshape(len(codes), -1, each)[..., nibbles].reshape(len(codes), -1)
+        return np.ascontiguousarray(codes[:, start - low * each : stop - low * each].T)
+
+    return Computed((words.shape[1] * each, words.shape[0]), "uint8", rows)
