@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import tvm
 from tvm import relax
 
+from llmc.ir.errors import CompileError
+from llmc.ir.quantized import Format
+
 from .rows.program import Program
 
-__all__ = ["Backend", "Params", "backend"]
+__all__ = ["Backend", "Params", "Weight", "backend", "label", "quantized_kernels"]
+
+Weight = str | Format  # how a weight is stored: a dtype of floats, or the format of a quantized one
 
 Params = Sequence[tuple[str, Sequence[int | str], str]]  # of a kernel: name, shape (a str is symbolic), dtype
 
@@ -18,25 +25,47 @@ Params = Sequence[tuple[str, Sequence[int | str], str]]  # of a kernel: name, sh
 class Backend(Protocol):
     """The kernels of one target. Each is one PrimFunc that is scheduled; its arguments are those of its module's
     docstring (codegen/cpu/…), in that order, whatever the machine.
+
+    `weight` is a dtype of floats, or the Format of a quantized weight: CompileError where the machine has no kernel
+    for it. `packed` are the tensors that `pack` gives: one for floats, what the kernel reads for a format.
     """
 
     @property
     def activations(self) -> tuple[str, ...]:
         """Dtypes that products take and give, float32 first."""
 
-    def pack(self, emit: Callable, rows: relax.Expr, columns: int, depth: int, dtype: str) -> relax.Expr:
-        """A weight [..., columns, depth] as the products of this machine read it, in plain Relax ops."""
+    def pack(
+        self, emit: Callable, parts: Sequence[relax.Expr], columns: int, depth: int, weight: Weight
+    ) -> list[relax.Expr]:
+        """A weight [..., columns, depth] as the kernels of this machine read it, in plain Relax ops.
 
-    def matmul(self, columns: int, depth: int, *, weight: str, activation: str, out: str) -> tvm.tirx.PrimFunc:
-        """y [n, columns] out = x [n, depth] activation @ W^T, W packed: matmul(x, w, y)."""
+        parts: the weight itself, or what its format says that it is made of. -> the tensors that are stored.
+        """
+
+    def matmul(
+        self, columns: int, depth: int, *, weight: Weight, activation: str, out: str, rounded: int | None = None
+    ) -> tvm.tirx.PrimFunc:
+        """y [n, columns] out = x [n, depth] activation @ W^T, W packed: matmul(x, *packed, y).
+
+        rounded: the kernel rounds x itself, as round_activation(x, group=rounded) does; None: x is taken as it is.
+        """
 
     def expert_linear(
-        self, experts: int, columns: int, depth: int, *, weight: str, activation: str, ids: str, bias: str | None
+        self,
+        experts: int,
+        columns: int,
+        depth: int,
+        *,
+        weight: Weight,
+        activation: str,
+        ids: str,
+        bias: str | None,
+        rounded: int | None = None,
     ) -> tvm.tirx.PrimFunc:
-        """y[s] = x[s] @ W[ids[s]]^T + bias[ids[s]]: expert_linear(x, w, ids, (bias,) y)."""
+        """y[s] = x[s] @ W[ids[s]]^T + bias[ids[s]]: expert_linear(x, *packed, ids, (bias,) y); rounded as of matmul."""
 
-    def take(self, rows: int, depth: int, *, weight: str, out: str, ids: str) -> tvm.tirx.PrimFunc:
-        """y[i] = W[ids[i]] of a packed weight [rows, depth]: take(w, ids, y)."""
+    def take(self, rows: int, depth: int, *, weight: Weight, out: str, ids: str) -> tvm.tirx.PrimFunc:
+        """y[i] = W[ids[i]] of a packed weight [rows, depth]: take(*packed, ids, y)."""
 
     def append_pages(self, **made: Any) -> tvm.tirx.PrimFunc:
         """The kernel of llmc.ir.paging.append_pages(**made)."""
@@ -64,6 +93,24 @@ class Backend(Protocol):
 def activation_dtype(machine: Backend, dtype: str) -> str:
     """The dtype in which a product takes or gives what the program says is `dtype`."""
     return dtype if dtype in machine.activations else machine.activations[0]
+
+
+def label(weight: Weight, rounded: int | None = None) -> str:
+    """How a weight is stored, as it stands in a kernel's name: "bfloat16", "int4_g32", "int8_a8"."""
+    return str(weight).replace("-", "_") + ("" if rounded is None else "_a8")
+
+
+def quantized_kernels(room: str, target: Any, format: Format) -> Any:
+    """The module codegen/<room>/quantized.py; CompileError where there is none.
+
+    It has pack(target, emit, parts, columns, depth, format), matmul(target, columns, depth, *, format, activation, out,
+    rounded), expert_linear(target, experts, columns, depth, *, format, activation, ids, bias, rounded) and
+    take(target, rows, depth, *, format, out, ids), with the arguments and results of Backend.
+    """
+    name = f"llmc.codegen.{room}.quantized"
+    if importlib.util.find_spec(name) is None:
+        raise CompileError(f"{target.name} has no kernels for quantized weights ({format}): compile without quantize")
+    return importlib.import_module(name)
 
 
 def backend(target: Any) -> Backend:

@@ -9,6 +9,8 @@ import tvm
 import tvm_ffi
 from tvm import relax
 
+from llmc.ir.errors import CompileError
+from llmc.ir.quantized import format_of
 from llmc.ir.rewrite import Rewriter, bindings, op_name
 
 from .weight_only import WeightOnly, substitute, variables
@@ -28,8 +30,9 @@ class LiftWeights:
         recipes: {"w:permute_dims": (w) -> permute_dims(w)}            attrs llmc.sources = ["w"]
 
     Keeps: every value, bit for bit. Leaves alone: weights that are used as they are (their recipe is the identity), and
-    ops that make a weight larger. The recipes stand in the module's attribute "llmc.recipes", a map from name to Relax
-    function; equal recipes of the same sources are one.
+    ops that make a weight larger. Refuses a dequantized weight that no kernel took: it would be stored in full. The
+    recipes stand in the module's attribute "llmc.recipes", a map from name to Relax function; equal recipes of the same
+    sources are one.
     """
 
     name: str = "lift_weights"
@@ -37,8 +40,26 @@ class LiftWeights:
     def run(self, module: tvm.IRModule, goal) -> tvm.IRModule:
         recipes = _Recipes()
         for function in ("embed", "step"):
+            refuse_dequantized(module, function)
             module = _Lift(module, function, recipes).run()
         return module.with_attr(RECIPES, recipes.named)
+
+
+def refuse_dequantized(module: tvm.IRModule, name: str) -> None:
+    """CompileError where a function still dequantizes a weight."""
+    function = module[name]
+    known = WeightOnly(module, function)
+    for b in bindings(function):
+        format = format_of(module, b.value)
+        if format is not None:
+            weight = known.sources.get(b.value.args[0], b.value.args[0].name)
+            weight = str(weight).removesuffix(":codes")
+            users = [op_name(u.value) or "a call" for u in bindings(function) if b.var in variables(u.value)]
+            raise CompileError(
+                f"expected every quantized weight to be read by a kernel, found {weight} ({format}) used by "
+                f"{', '.join(users) or 'nothing'} in {name}: leave this weight as it is",
+                op="dequantize",
+            )
 
 
 @dataclass
@@ -72,7 +93,7 @@ class _Lift(Rewriter):
     def __init__(self, module, function, recipes):
         super().__init__(module, function)
         self.recipes = recipes
-        self.known = WeightOnly(self.old)
+        self.known = WeightOnly(module, self.old)
         self.lifted = {}  # weight-only variable that something else uses -> the parameter in its place
         self.made = {}  # name of a recipe -> its parameter
         for var in self._boundary():

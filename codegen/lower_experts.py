@@ -9,10 +9,11 @@ from tvm import relax
 from tvm.relax import op as R
 
 from llmc.ir.ops import attributes_of, op_of
-from llmc.ir.rewrite import Rewriter
+from llmc.ir.rewrite import Rewriter, bindings
 
-from .backend import activation_dtype, backend
-from .weight_only import FLOATS, WeightOnly, narrowed, transposed_rows
+from .backend import activation_dtype, backend, label
+from .lower_matmul import unrounded
+from .weight_only import FLOATS, WeightOnly, rows_of
 
 __all__ = ["LowerExperts"]
 
@@ -36,7 +37,8 @@ class LowerExperts:
 class _Lower(Rewriter):
     def __init__(self, module, function, machine):
         super().__init__(module, function)
-        self.machine, self.known = machine, WeightOnly(self.old)
+        self.machine, self.known = machine, WeightOnly(module, self.old)
+        self.bound = {b.var: b.value for b in bindings(self.old)}
 
     def rewrite(self, var, value):
         if op_of(self.module, value) != "expert_linear":
@@ -44,28 +46,28 @@ class _Lower(Rewriter):
         x, w, ids, *bias = value.args
         if w not in self.known or any(str(a.ty.dtype) not in FLOATS for a in (x, w)):
             return self.again(value)
-        if attributes_of(self.module, value)["transposed"]:
-            rows = transposed_rows(self, self.known, w)
-        else:
-            rows = narrowed(self, self.known, w)
-        experts, columns, depth = (int(d) for d in rows.ty.shape)
-        weight, wanted = str(rows.ty.dtype), str(var.ty.dtype)
+        rows = rows_of(self, self.known, w, transposed=bool(attributes_of(self.module, value)["transposed"]))
+        experts, columns, depth = rows.shape
+        x, rounded = unrounded(self, x, rows.weight)
+        wanted = str(var.ty.dtype)
         activation = activation_dtype(self.machine, str(x.ty.dtype))
         bias = [self.get(b) for b in bias]
         kernel = self.machine.expert_linear(
             experts,
             columns,
             depth,
-            weight=weight,
+            weight=rows.weight,
             activation=activation,
             ids=str(ids.ty.dtype),
             bias=str(bias[0].ty.dtype) if bias else None,
+            rounded=rounded,
         )
         name = f"expert_linear_{experts}x{columns}x{depth}"
+        if not isinstance(rows.weight, str):
+            name += f"_{label(rows.weight, rounded)}"
         kernel = self.builder.add_func(kernel.without_attr("global_symbol"), name)
-        packed = self.machine.pack(self.emit, rows, columns, depth, weight)
-        x = self.get(x)
+        packed = self.machine.pack(self.emit, rows.parts, columns, depth, rows.weight)
         if str(x.ty.dtype) != activation:
             x = self.emit(R.astype(x, activation))
-        y = R.call_tir(kernel, [x, packed, self.get(ids), *bias], relax.TensorType(var.ty.shape, activation))
+        y = R.call_tir(kernel, [x, *packed, self.get(ids), *bias], relax.TensorType(var.ty.shape, activation))
         return y if activation == wanted else R.astype(self.emit(y), wanted)

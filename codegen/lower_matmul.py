@@ -8,10 +8,11 @@ import tvm
 from tvm import relax
 from tvm.relax import op as R
 
+from llmc.ir.quantized import activation_group
 from llmc.ir.rewrite import Rewriter, bindings, op_name
 
-from .backend import activation_dtype, backend
-from .weight_only import FLOATS, WeightOnly, transposed_rows, variables
+from .backend import activation_dtype, backend, label
+from .weight_only import FLOATS, WeightOnly, rows_of, variables
 
 __all__ = ["LowerMatmul"]
 
@@ -24,6 +25,11 @@ class LowerMatmul:
         ->
         packed = permute_dims(reshape(pad(w)))          weight-only, as the machine packs; LiftWeights: a recipe
         y = call_tir(matmul_2048x512, (x, packed))
+
+    A quantized weight is packed part by part, and what it is multiplied with rounded by the kernel:
+
+        y = matmul(round_activation(x), permute_dims(dequantize(codes, scales)))
+        -> y = call_tir(matmul_2048x512_int4_g32_a8, (x, *packed))
 
     Keeps: the values, but for the order of sums (float32, in rising k) and for one rounding where a cast of the product
     to the activations' dtype follows. A weight is packed in the checkpoint's dtype: widening casts in between are
@@ -38,11 +44,22 @@ class LowerMatmul:
         return module
 
 
+def unrounded(rewriter, x: relax.Expr, weight) -> tuple[relax.Expr, int | None]:
+    """What a product's kernel takes for the old activation x, and the group in which it rounds it itself, or None.
+
+    rewriter: a Rewriter with `bound`, the bindings of its function. Kernels over floats take what was rounded.
+    """
+    value = rewriter.bound.get(x)
+    group = None if isinstance(weight, str) else activation_group(rewriter.module, value)
+    return (rewriter.get(x), None) if group is None else (rewriter.get(value.args[0]), group)
+
+
 class _Lower(Rewriter):
     def __init__(self, module, function, machine):
         super().__init__(module, function)
         self.machine = machine
-        self.known = WeightOnly(self.old)
+        self.known = WeightOnly(module, self.old)
+        self.bound = {b.var: b.value for b in bindings(self.old)}
         self.users: dict[relax.Var, list] = {}
         for b in bindings(self.old):
             for x in variables(b.value):
@@ -56,14 +73,13 @@ class _Lower(Rewriter):
             return self.again(value)
         x, w = value.args
         depth, columns = (int(d) for d in w.ty.shape)
-        rows = transposed_rows(self, self.known, w)
-        x = self.get(x)
-        weight = str(rows.ty.dtype)
+        weight, parts = rows_of(self, self.known, w, transposed=True)
+        x, rounded = unrounded(self, x, weight)
         activation = activation_dtype(self.machine, str(x.ty.dtype))
         out = self._out(var)
-        packed = self.machine.pack(self.emit, rows, columns, depth, weight)
-        kernel = self.machine.matmul(columns, depth, weight=weight, activation=activation, out=out)
-        name = f"matmul_{columns}x{depth}" + ("" if weight == "float32" else f"_{weight}")
+        packed = self.machine.pack(self.emit, parts, columns, depth, weight)
+        kernel = self.machine.matmul(columns, depth, weight=weight, activation=activation, out=out, rounded=rounded)
+        name = f"matmul_{columns}x{depth}" + ("" if weight == "float32" else f"_{label(weight, rounded)}")
         kernel = self.builder.add_func(kernel.without_attr("global_symbol"), name)
         if str(x.ty.dtype) != activation:
             x = self.emit(R.astype(x, activation))
@@ -73,7 +89,7 @@ class _Lower(Rewriter):
             count = count * d
         if len(lead) != 1:
             x = self.emit(R.reshape(x, [count, depth]))
-        y = R.call_tir(kernel, [x, packed], relax.TensorType([count, columns], out))
+        y = R.call_tir(kernel, [x, *packed], relax.TensorType([count, columns], out))
         if len(lead) != 1:
             y = R.reshape(self.emit(y), [*lead, columns])
         wanted = str(var.ty.dtype)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import tvm
 from tvm import relax
 
+from llmc.ir.quantized import Format, format_of
 from llmc.ir.rewrite import bindings, op_name
 
-__all__ = ["FLOATS", "WeightOnly", "leaves", "narrowed", "substitute", "transposed_rows", "variables"]
+__all__ = ["FLOATS", "Rows", "WeightOnly", "leaves", "rows_of", "substitute", "variables"]
 
 FLOATS = ("float32", "float16", "bfloat16")
 # Ops that only move numbers: a cast may as well come after them.
@@ -18,9 +21,13 @@ GROWS = {"broadcast_to", "repeat", "tile", "zeros", "ones", "full", "one_hot"}
 
 
 class WeightOnly:
-    """The weight-only values of a function: `sources` (parameter -> its name) and `values` (variable -> expression)."""
+    """The weight-only values of a function: `sources` (parameter -> its name) and `values` (variable -> expression).
 
-    def __init__(self, function: relax.Function):
+    Dequantized weights are among them.
+    """
+
+    def __init__(self, module: tvm.IRModule, function: relax.Function):
+        self.module = module
         count = int(function.attrs["num_input"])
         names = [str(n) for n in function.attrs["llmc.weights"]]
         self.sources = dict(zip(list(function.params)[count:], names, strict=True))
@@ -42,6 +49,7 @@ class WeightOnly:
         if isinstance(value, relax.Call):
             name = op_name(value)
             worth = name is not None and name not in GROWS and not name.startswith("call_")
+            worth = worth or format_of(self.module, value) is not None
         else:
             worth = isinstance(value, (relax.TupleGetItem, relax.Var, relax.Tuple))
         found = variables(value)
@@ -79,15 +87,61 @@ def narrowed(rewriter, known: WeightOnly, w: relax.Expr) -> relax.Expr:
     return bare if widths[0] < widths[1] and str(bare.ty.dtype) in FLOATS else rewriter.get(w)
 
 
+class Rows(NamedTuple):
+    """A weight [..., columns, depth]: a dtype of floats and the weight itself, or a format and its parts."""
+
+    weight: str | Format
+    parts: list[relax.Expr]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(int(d) for d in self.parts[0].ty.shape)
+
+
+def rows_of(rewriter, known: WeightOnly, w: relax.Expr, *, transposed: bool) -> Rows:
+    """The rows of a weight-only value [..., columns, depth], or [..., depth, columns] if `transposed`.
+
+    rewriter: an llmc.ir.rewrite.Rewriter over the function that `known` is of. A weight that is dequantized is given in
+    its parts, whatever casts and transposes stand between; any other narrowed to what it was cast from.
+    """
+    found = _dequantized(known, w, transposed)
+    if found is not None:
+        format, parts = found
+        return Rows(format, [rewriter.get(part) for part in parts])
+    rows = transposed_rows(rewriter, known, w) if transposed else narrowed(rewriter, known, w)
+    return Rows(str(rows.ty.dtype), [rows])
+
+
+def _dequantized(known: WeightOnly, w: relax.Expr, transposed: bool) -> tuple[Format, list[relax.Expr]] | None:
+    """Format and parts of the dequantize whose rows are the rows of w; None where there is none, or more than casts and
+    transposes of the last two axes stand between."""
+    rank = len(w.ty.shape)
+    turn = [*range(rank - 2), rank - 1, rank - 2]
+    value = known.definition(w)
+    while op_name(value) in ("astype", "permute_dims"):
+        if op_name(value) == "permute_dims":
+            if _axes(value) != turn:
+                return None
+            transposed = not transposed
+        value = known.definition(value.args[0])
+    format = format_of(known.module, value)
+    return None if transposed or format is None else (format, list(value.args))
+
+
+def _axes(value: relax.Call) -> list[int]:
+    """The axes of a permute_dims."""
+    rank = len(value.args[0].ty.shape)
+    axes = value.attrs.axes
+    return list(range(rank))[::-1] if axes is None else [int(a) % rank for a in axes]
+
+
 def transposed_rows(rewriter, known: WeightOnly, w: relax.Expr) -> relax.Expr:
     """w [..., depth, columns] as rows [..., columns, depth], narrowed; of a transposed weight, the weight itself."""
     rank = len(w.ty.shape)
     axes = [*range(rank - 2), rank - 1, rank - 2]
     defined = known.definition(w)
-    if op_name(defined) == "permute_dims":
-        own = defined.attrs.axes
-        if (list(range(rank))[::-1] if own is None else [int(a) % rank for a in own]) == axes:
-            return narrowed(rewriter, known, defined.args[0])
+    if op_name(defined) == "permute_dims" and _axes(defined) == axes:
+        return narrowed(rewriter, known, defined.args[0])
     return rewriter.emit(relax.op.permute_dims(narrowed(rewriter, known, w), axes))
 
 

@@ -80,6 +80,11 @@ class Format:
     offset: int = 0
     table: str = ""
 
+    def __str__(self) -> str:
+        """Short, for names of kernels and messages: "int4-g32-zp", "int8", "nf4-g64"."""
+        group = f"-g{self.group}" if self.group else ""
+        return (self.table or f"int{self.bits}") + group + ("-zp" if self.zeros else "")
+
     def groups(self, depth: int) -> int:
         """Scales of a row."""
         return depth // self.group if self.group else 1

@@ -424,9 +424,24 @@ def paged_attention(site: Site) -> State:
     return q
 
 
+def dequantize(site: Site) -> State:
+    if any(site.states):
+        raise Mixing(f"expected parts that are the same for all tokens, found {site.states}")
+    return UNIFORM
+
+
+def round_activation(site: Site) -> State:
+    (x,) = site.states
+    if not isinstance(x, Token) or x.axis != 0:
+        raise Mixing(f"expected one row a token, found {x}")
+    return x
+
+
 SEMANTIC: dict[str, Rule] = {
     "attention": attention,
+    "dequantize": dequantize,
     "expert_linear": expert_linear,
     "append_pages": append_pages,
     "paged_attention": paged_attention,
+    "round_activation": round_activation,
 }

@@ -10,6 +10,7 @@ from tvm.relax import op as R
 
 from llmc.targets import CpuTarget
 
+from ..backend import quantized_kernels
 from ..epilogue import Epilogue
 from .append import append_pages, copy_pages
 from .attention import paged_attention
@@ -29,9 +30,12 @@ class CpuBackend:
     target: CpuTarget
     activations: tuple[str, ...] = ("float32", "bfloat16")
 
-    def pack(self, emit, rows, columns, depth, dtype):
-        """rows [..., columns, depth] in panels [..., panels, steps, vectors, lanes(, 2)]: see pack.py."""
-        layout = panels(self.target, columns, depth, dtype)
+    def pack(self, emit, parts, columns, depth, weight):
+        """Of floats: rows [..., columns, depth] in panels [..., panels, steps, vectors, lanes(, 2)]: see pack.py."""
+        if not isinstance(weight, str):
+            return self._quantized(weight).pack(self.target, emit, parts, columns, depth, weight)
+        (rows,) = parts
+        layout = panels(self.target, columns, depth, weight)
         lead = [int(d) for d in rows.ty.shape][:-2]
         zeros = [0, 0] * len(lead)
         down, along = layout.count * layout.width - layout.columns, layout.steps * layout.pair - layout.depth
@@ -42,12 +46,22 @@ class CpuBackend:
         axes = [*range(k), k, k + 3, k + 1, k + 2]
         if layout.pair == 2:
             shape, axes = [*shape, 2], [*axes, k + 4]
-        return emit(R.permute_dims(emit(R.reshape(rows, shape)), axes))
+        return [emit(R.permute_dims(emit(R.reshape(rows, shape)), axes))]
 
-    def matmul(self, columns, depth, *, weight, activation, out):
-        return matmul(self.target, columns, depth, weight=weight, activation=activation, out=out)
+    def _quantized(self, format):
+        return quantized_kernels("cpu", self.target, format)
 
-    def expert_linear(self, experts, columns, depth, *, weight, activation, ids, bias):
+    def matmul(self, columns, depth, *, weight, activation, out, rounded=None):
+        made = {"activation": activation, "out": out}
+        if not isinstance(weight, str):
+            kernels = self._quantized(weight)
+            return kernels.matmul(self.target, columns, depth, format=weight, rounded=rounded, **made)
+        return matmul(self.target, columns, depth, weight=weight, **made)
+
+    def expert_linear(self, experts, columns, depth, *, weight, activation, ids, bias, rounded=None):
+        if not isinstance(weight, str):
+            made = {"activation": activation, "ids": ids, "bias": bias, "rounded": rounded}
+            return self._quantized(weight).expert_linear(self.target, experts, columns, depth, format=weight, **made)
         return expert_linear(
             self.target,
             experts,
@@ -61,6 +75,8 @@ class CpuBackend:
         )
 
     def take(self, rows, depth, *, weight, out, ids):
+        if not isinstance(weight, str):
+            return self._quantized(weight).take(self.target, rows, depth, format=weight, out=out, ids=ids)
         return take(self.target, rows, depth, weight=weight, out=out, packed=True, ids=ids)
 
     def append_pages(self, **made: Any):

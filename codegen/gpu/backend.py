@@ -7,6 +7,8 @@ from typing import Any
 
 import tvm
 
+from ..backend import quantized_kernels
+
 __all__ = ["GpuBackend"]
 
 
@@ -17,20 +19,33 @@ class GpuBackend:
     target: Any
     activations: tuple[str, ...] = ("float32", "bfloat16", "float16")
 
-    def pack(self, emit, rows, columns, depth, dtype):
+    def pack(self, emit, parts, columns, depth, weight):
         from .pack import pack
 
-        return pack(emit, rows, columns, depth, dtype)
+        if not isinstance(weight, str):
+            return self._quantized(weight).pack(self.target, emit, parts, columns, depth, weight)
+        (rows,) = parts
+        return [pack(emit, rows, columns, depth, weight)]
 
-    def matmul(self, columns, depth, *, weight, activation, out):
+    def _quantized(self, format):
+        return quantized_kernels("gpu", self.target, format)
+
+    def matmul(self, columns, depth, *, weight, activation, out, rounded=None):
         from .matmul import matmul
 
-        return matmul(self.target, columns, depth, weight=weight, activation=activation, out=out)
+        made = {"activation": activation, "out": out}
+        if not isinstance(weight, str):
+            kernels = self._quantized(weight)
+            return kernels.matmul(self.target, columns, depth, format=weight, rounded=rounded, **made)
+        return matmul(self.target, columns, depth, weight=weight, **made)
 
-    def expert_linear(self, experts, columns, depth, *, weight, activation, ids, bias):
+    def expert_linear(self, experts, columns, depth, *, weight, activation, ids, bias, rounded=None):
         from ..epilogue import Epilogue
         from .experts import expert_linear
 
+        if not isinstance(weight, str):
+            made = {"activation": activation, "ids": ids, "bias": bias, "rounded": rounded}
+            return self._quantized(weight).expert_linear(self.target, experts, columns, depth, format=weight, **made)
         return expert_linear(
             self.target,
             experts,
@@ -46,6 +61,8 @@ class GpuBackend:
     def take(self, rows, depth, *, weight, out, ids):
         from .gather import take
 
+        if not isinstance(weight, str):
+            return self._quantized(weight).take(self.target, rows, depth, format=weight, out=out, ids=ids)
         return take(self.target, rows, depth, weight=weight, out=out, packed=True, ids=ids)
 
     def append_pages(self, **made: Any):

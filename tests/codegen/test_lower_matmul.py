@@ -24,7 +24,7 @@ def test_packed_by_recipe_as_by_numpy(goal, dtype, shape):
     kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
     w = np.random.default_rng(0).standard_normal(shape).astype(kind)
     layout = panels(goal.target, *shape, dtype)
-    made = Recipe(recipe(lambda emit, a: backend(goal.target).pack(emit, a, *shape, dtype), a=w), {"a": Array(w)})
+    made = Recipe(recipe(lambda emit, a: backend(goal.target).pack(emit, [a], *shape, dtype)[0], a=w), {"a": Array(w)})
     expected = np.empty(layout.shape, kind)
     layout.pack(w, expected)
     assert made.shape == layout.shape
