@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "targets": set(),
     "ir": set(),
     "runtime": set(),
+    "quality": {"ir", "passes", "codegen", "runtime", "targets"},
 }
 HEAVY = {"tvm", "torch", "transformers", "onnx"}
 
