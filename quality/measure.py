@@ -35,7 +35,8 @@ def windows(tokens: Sequence[int], length: int, stride: int | None = None, prefi
     room = length - len(head)
     if room < 2 or len(ids) < room:
         raise ValueError(f"expected a text of at least {max(room, 2)} tokens for windows of {length}, found {len(ids)}")
-    stride, found, done = stride or max(1, room // 2), [], 0
+    stride, done = stride or max(1, room // 2), 0
+    found: list[Window] = []
     while done < len(ids):
         start = min(len(found) * stride, len(ids) - room)
         first = done - start + len(head)

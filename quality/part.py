@@ -169,7 +169,7 @@ class Inliner(Rewriter):
         return self.again(value) if op_of(self.module, value) in (None, "expert_linear") else self.meaning(value)
 
     def meaning(self, call: relax.Call) -> relax.Expr:
-        function = callee(self.module, call)
+        function: Any = callee(self.module, call)
         lengths = {}
         for param, argument in zip(function.params, call.args, strict=True):
             for own, given in zip(param.ty.shape.values, argument.ty.shape.values, strict=True):
@@ -241,7 +241,8 @@ def recognise(module: tvm.IRModule, var, value, bound: dict, weights: dict) -> t
 
 def stored(value, bound: dict, weights: dict) -> tuple[int, bool, tuple[str, ...]] | None:
     """(number, transposed, casts) where `value` is a weight that is at most cast and transposed; else None."""
-    turned, casts = False, []
+    turned = False
+    casts: list[str] = []
     while value not in weights:
         made: Any = bound.get(value)
         if op_name(made) == "astype":
