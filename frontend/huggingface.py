@@ -77,6 +77,7 @@ def load(
     model_class, own_config = class_of(config)
     model = _explained(config, "be built", lambda: exporting.build(model_class, own_config, getattr(torch, dtype)))
     max_context, notes = context_of(text, max_context, exporting.first_position(model))
+    own_facts: dict[str, Any] = {}
     if weights == "random":
         stored_in, spread = getattr(text, "dtype", None), getattr(text, "initializer_range", None)
         tensors = random_weights.draw(model, dtype_name(stored_in) if stored_in else dtype, spread or 0.02)
@@ -85,8 +86,9 @@ def load(
     else:
         stored = checkpoints.open_checkpoint(folder, file)
         if quantization is not None:
-            stored, own = quantized.read(quantization, stored, dtype)
-            notes += own
+            checkpoint = quantized.read(quantization, stored, dtype)
+            stored, own_facts = checkpoint.tensors, checkpoint.facts
+            notes += checkpoint.notes
         tensors, unused = checkpoints.convert(model, stored)
         quantized.orient(model, tensors)
     names = name_parameters(model, tensors)
@@ -117,6 +119,7 @@ def load(
         "checkpoint_dtype": max({tensors[n].dtype for n in used}, key=[tensors[n].dtype for n in used].count),
         "max_context": max_context,
         "notes": notes,
+        **own_facts,
     }
     status = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
     origin = [(name, found.st_size, found.st_mtime_ns) for name, found in status.items()]

@@ -1,12 +1,13 @@
 """Checkpoints that are quantized already: the weights that their config describes, as they are stored."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from llmc.frontend.quantized import awq, gptq
+from llmc.frontend.quantized import awq, bitsandbytes, compressed_tensors, fp8, gptq, kv_scales, mxfp4
 from llmc.frontend.quantized.source import INSTEAD, Source
 from llmc.frontend.quantized.tensor import QuantizedTensor
 from llmc.frontend.weights import LazyTensor
@@ -16,8 +17,27 @@ __all__ = ["METHODS", "QuantizedTensor", "orient", "read", "take_config"]
 
 METHODS: dict[str, Callable[[Mapping[str, Any], Source], None]] = {
     "awq": awq.read,
+    "bitsandbytes": bitsandbytes.read,
+    "compressed-tensors": compressed_tensors.read,
+    "fbgemm_fp8": fp8.read,
+    "fp8": fp8.read,
     "gptq": gptq.read,
+    "modelopt": fp8.read,
+    "mxfp4": mxfp4.read,
 }
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """tensors: by published name, quantized weights as QuantizedTensors under the names of plain ones.
+
+    notes: what a user should know of how they are computed with. facts: JSON-able facts for the manifest,
+    "quantized_by" and, if the checkpoint has them, "kv_scales": attention module -> {"k": scale, "v": scale}.
+    """
+
+    tensors: dict[str, LazyTensor]
+    notes: list[str]
+    facts: dict[str, Any]
 
 
 def take_config(config) -> dict[str, Any] | None:
@@ -42,17 +62,17 @@ def take_config(config) -> dict[str, Any] | None:
     return found
 
 
-def read(
-    config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], dtype: str
-) -> tuple[dict[str, LazyTensor], list[str]]:
-    """The checkpoint with its quantized weights as QuantizedTensors, under the names of plain ones; and notes.
+def read(config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], dtype: str) -> Checkpoint:
+    """A quantized checkpoint, its weights ready to be asked for their parts.
 
     tensors: by published name. dtype: the dtype that quantized weights stand for. Weights that the checkpoint keeps in
     floats stay as they are. SourceError names what is missing, misshapen or not supported.
     """
-    source = Source(tensors, dtype)
-    METHODS[config["quant_method"]](config, source)
-    return source.tensors, list(source.notes)
+    source, method = Source(tensors, dtype), config["quant_method"]
+    scales = kv_scales.take(source)
+    METHODS[method](config, source)
+    facts = {"quantized_by": method} | ({"kv_scales": scales} if scales else {})
+    return Checkpoint(source.tensors, list(source.notes), facts)
 
 
 def orient(model: nn.Module, weights: dict[str, LazyTensor]) -> None:

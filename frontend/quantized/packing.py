@@ -23,24 +23,40 @@ def unpack(words: np.ndarray, bits: int) -> np.ndarray:
     return (digits << np.arange(bits, dtype=np.uint8)).sum(-1, dtype=np.uint8)
 
 
-def along_rows(words: LazyTensor, bits: int, depth: int) -> LazyTensor:
-    """Codes [..., o, depth] of words [..., o, w] that hold a row's codes one after the other."""
-    return Computed(
-        (*words.shape[:-1], depth), "uint8", lambda start, stop: unpack(words.read(start, stop), bits)[..., :depth]
-    )
+def along_rows(words: LazyTensor, bits: int, depth: int, inputs: np.ndarray | None = None) -> LazyTensor:
+    """Codes [..., o, depth] of words [..., o, w] that hold a row's codes one after the other.
+
+    inputs [depth]: the inputs in the order in which the result has them; by default as they are stored.
+    """
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        codes = unpack(words.read(start, stop), bits)
+        return codes[..., :depth] if inputs is None else codes[..., inputs]
+
+    return Computed((*words.shape[:-1], depth), "uint8", rows)
 
 
-def along_columns(words: LazyTensor, bits: int, columns: np.ndarray | None = None) -> LazyTensor:
+def along_columns(words: LazyTensor, bits: int, inputs: np.ndarray | None = None) -> LazyTensor:
     """Codes [o, i] of words [i * bits / 32, o] that hold codes of one output one after the other.
 
-    columns: the inputs [i] in the order in which the result has them; by default as they are stored.
+    inputs [i]: the inputs in the order in which the result has them; by default as they are stored.
     """
 
     def rows(start: int, stop: int) -> np.ndarray:
         codes = unpack(words.narrow(1, start, stop).read().T, bits)
-        return codes if columns is None else codes[:, columns]
+        return codes if inputs is None else codes[:, inputs]
 
     return Computed((words.shape[1], words.shape[0] * 32 // bits), "uint8", rows)
+
+
+def as_bytes(tensor: LazyTensor) -> LazyTensor:
+    """The bits of a tensor of 8-bit numbers, as uint8."""
+    return Computed(tensor.shape, "uint8", lambda start, stop: tensor.read(start, stop).view(np.uint8))
+
+
+def unsigned(tensor: LazyTensor) -> LazyTensor:
+    """int8 as codes of which 128 is zero."""
+    return Computed(tensor.shape, "uint8", lambda start, stop: tensor.read(start, stop).view(np.uint8) ^ 128)
 
 
 def across(words: LazyTensor, bits: int, nibbles: np.ndarray) -> LazyTensor:
