@@ -132,9 +132,10 @@ def dequantize(bb: relax.BlockBuilder, format: Format, *parts: relax.Expr) -> re
 
 def format_of(module: tvm.IRModule, call: relax.Expr) -> Format | None:
     """The format that a call of dequantize reads; None if `call` is no such call."""
-    if op_of(module, call) != "dequantize":
+    function = callee(module, call)
+    if function is None or op_of(module, call) != "dequantize":
         return None
-    attrs = callee(module, call).attrs
+    attrs = function.attrs
     read = {"bits": int, "group": int, "scale": str, "zeros": bool, "offset": int, "table": str}
     return Format(**{name: kind(getattr(attrs[name], "value", attrs[name])) for name, kind in read.items()})
 
@@ -164,9 +165,10 @@ def round_activation(bb: relax.BlockBuilder, x: relax.Expr, *, group: int = 0) -
 
 def activation_group(module: tvm.IRModule, call: relax.Expr) -> int | None:
     """The group of a call of round_activation; None if `call` is no such call."""
-    if op_of(module, call) != "round_activation":
+    function = callee(module, call)
+    if function is None or op_of(module, call) != "round_activation":
         return None
-    value = callee(module, call).attrs["group"]
+    value = function.attrs["group"]
     return int(getattr(value, "value", value))
 
 

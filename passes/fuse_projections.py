@@ -10,6 +10,7 @@ from tvm import relax
 from tvm.relax import op as R
 
 from llmc.ir.ops import op_of
+from llmc.ir.quantized import Format, dequantize, format_of
 from llmc.ir.rewrite import Rewriter, bindings, dtype_of, op_name, variables
 from llmc.passes.goal import Goal
 
@@ -34,8 +35,10 @@ class FuseProjections:
     read the same activation, each keeps a product of its own: they serve different attentions, and the last MLP need
     not work on all rows.
 
-    Keeps: every value; each output is summed as before. Leaves alone: weights of different dtypes, products that
-    differ in the dtype of their result, weights that are not stored [outputs, inputs].
+    Quantized weights of one format are joined part by part, dequantize(concat(codes), concat(scales)).
+
+    Keeps: every value; each output is summed as before. Leaves alone: weights of different dtypes or formats, products
+    that differ in the dtype of their result, weights that are not stored [outputs, inputs].
     """
 
     name: str = "fuse_projections"
@@ -71,7 +74,7 @@ class _Fuser(Rewriter):
         """What depends on weights alone."""
         uniform = set(list(self.old.params)[int(self.old.attrs["num_input"]) :])
         for var, value in self.bound.items():
-            if op_of(self.module, value) is None and variables(value) <= uniform:
+            if op_of(self.module, value) in (None, "dequantize") and variables(value) <= uniform:
                 uniform.add(var)
         return uniform
 
@@ -100,7 +103,7 @@ class _Fuser(Rewriter):
         for var, value in self.bound.items():
             weight = self.weight_of(value)
             if weight is not None:
-                key = (value.args[0], reach.get(var), dtype_of(weight), dtype_of(var))
+                key = (value.args[0], reach.get(var), dtype_of(weight), dtype_of(var), self.quantized(weight)[0])
                 found.setdefault(key, []).append((var, weight))
         return [self.group(members) for members in found.values() if len(members) > 1]
 
@@ -175,8 +178,23 @@ class _Fuser(Rewriter):
         for i, end in enumerate(group.ends):
             self.new[end] = self.emit(relax.TupleGetItem(parts, i), end.name)
 
+    def quantized(self, weight: relax.Var) -> tuple[Format | None, list[relax.Var]]:
+        """Format and parts of a dequantized weight, cast or not; (None, []) of any other."""
+        value: Any = self.bound.get(weight)
+        while op_name(value) == "astype":
+            value = self.bound.get(value.args[0])
+        format = format_of(self.module, value)
+        return (None, []) if format is None else (format, list(value.args))
+
     def joined(self, values: list[relax.Var]) -> relax.Var:
         """Weights one below the other; if all are cast alike, they are joined as they are stored."""
+        format, _ = self.quantized(values[0])
+        if format is not None:
+            columns = zip(*(self.quantized(v)[1] for v in values), strict=True)
+            parts = [self.emit(R.concat([self.early(p) for p in part], axis=0)) for part in columns]
+            weight = dequantize(self.builder, format, *parts)
+            dtype = dtype_of(values[0])
+            return weight if dtype == "float32" else self.emit(R.astype(weight, dtype))
         casts: list[Any] = [self.bound.get(v) for v in values]
         if all(op_name(c) == "astype" for c in casts) and len({dtype_of(c.args[0]) for c in casts}) == 1:
             stored = self.emit(R.concat([self.early(c.args[0]) for c in casts], axis=0))

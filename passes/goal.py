@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = ["Goal"]
@@ -17,12 +18,14 @@ class Goal:
     dtype        compute dtype of activations
     page_size    tokens in a page of the cache
     max_context  longest sequence, in tokens; None: the model's own limit
+    schemes      weight -> the scheme (passes/schemes) that it is to be stored in; all others stay as they are
     """
 
     target: Any = None
     dtype: str = "float32"
     page_size: int = 16
     max_context: int | None = None
+    schemes: Mapping[str, Any] = field(default_factory=dict)
 
     def fact(self, name: str, default: Any) -> Any:
         """A fact of the target, or `default` where the target (or the fact) is unknown."""

@@ -17,6 +17,7 @@ from llmc.passes.gather_logits import GatherLogits
 from llmc.passes.goal import Goal
 from llmc.passes.page_attention import PageAttention
 from llmc.passes.prove_token_locality import ProveTokenLocality
+from llmc.passes.quantize_weights import QuantizeWeights
 from llmc.passes.raise_positions import RaisePositions
 from llmc.passes.split_embedding import SplitEmbedding
 
@@ -43,6 +44,6 @@ class Stage:
 
 PIPELINE: tuple[Stage, ...] = (
     Stage("textbook", (RaisePositions(), DropBatchAxis(), ProveTokenLocality()), forms.check_textbook),
-    Stage("weights", (CacheLatent(), FuseProjections()), forms.check_textbook),
+    Stage("weights", (CacheLatent(), QuantizeWeights(), FuseProjections()), forms.check_textbook),
     Stage("ragged", (PageAttention(), SplitEmbedding(), GatherLogits(), ProveTokenLocality()), check_ragged),
 )
