@@ -17,7 +17,7 @@ import tvm
 from llmc.ir.evaluate import Reference
 from llmc.ir.ragged_form import TABLES
 
-__all__ = ["Driver", "Pages", "numpy_dtype", "state_of"]
+__all__ = ["Driver", "Pages", "numpy_dtype", "state_of", "unwritten"]
 
 Name = TypeVar("Name", bound=Hashable)  # of a sequence: whatever the caller calls it
 Rows = Sequence[int] | np.ndarray
@@ -84,7 +84,7 @@ class Driver:
         self.state = state_of(module)
         self.groups = [Pages(g["page_size"], pages, g["window"], g["chunk"], seed) for g in self.state]
         self.pools = {
-            t["name"]: tvm.runtime.tensor(np.full((pages, *t["shape"]), np.nan, numpy_dtype(t["dtype"])))
+            t["name"]: tvm.runtime.tensor(unwritten((pages, *t["shape"]), t["dtype"]))
             for group in self.state
             for t in group["tensors"]
         }
@@ -136,6 +136,12 @@ FUNCTIONS = ("embed", "step")
 def input_names(function: tvm.relax.Function) -> list[str]:
     """The names of a function's parameters that are no weights."""
     return [p.name for p in list(function.params)[: int(function.attrs["num_input"])]]
+
+
+def unwritten(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Pages that nothing has written: NaN; codes, whose scales are NaN, hold anything."""
+    number = numpy_dtype(dtype)
+    return np.full(shape, np.nan if number.kind not in "iu" else 85, number)
 
 
 def state_of(module: tvm.IRModule) -> list[dict]:

@@ -16,7 +16,8 @@ tokens, the new ones at its end; the token at position p lies in slot p % page_s
 Pages below the first position that a window or a chunk still sees are never read: their entries may name any page.
 
 A page holds, for each head, its tokens one after the other, [heads, page_size, width], or with the token axis last,
-[heads, width, page_size], as the target asks for keys.
+[heads, width, page_size], as the target asks for keys. A quantized cache (`cache` "int8" or "fp8", "" for none) has
+codes in its pages and, beside them, scales [p, heads, page_size]: see `quantized_cache`.
 """
 
 import functools
@@ -24,6 +25,7 @@ import functools
 import tvm
 from tvm.script import tirx as T
 
+from llmc.ir import quantized_cache as codes
 from llmc.ir.ops import OP
 
 APPEND_PAGES = "append_pages"
@@ -34,6 +36,19 @@ OPAQUE = 8  # relax's OpPatternKind: never fused with a neighbour
 def page_shape(heads: int, width: int, page_size: int, token_last: bool) -> tuple[int, int, int]:
     """The shape of one page: [heads, width, page_size] with the token axis last, else [heads, page_size, width]."""
     return (heads, width, page_size) if token_last else (heads, page_size, width)
+
+
+def page_tensors(
+    name: str, heads: int, width: int, page_size: int, token_last: bool, dtype: str, cache: str = ""
+) -> list[dict]:
+    """The tensors that hold a layer's keys (`name` "k", say), as the state describes a page: {"name", "shape", "dtype"}.
+
+    Codes of a quantized cache are {name}_pages, their scales {name}_scales.
+    """
+    shape = list(page_shape(heads, width, page_size, token_last))
+    pages = {"name": f"{name}_pages", "shape": shape, "dtype": codes.CODES[cache] if cache else dtype}
+    scales = {"name": f"{name}_scales", "shape": [heads, page_size], "dtype": codes.SCALE}
+    return [pages, scales] if cache else [pages]
 
 
 def parameters(func: tvm.tirx.PrimFunc) -> dict:
@@ -52,11 +67,13 @@ def _tag(func, op: str, **attrs):
 
 
 @functools.cache  # TVMScript parses in 0.1 s: once a shape, not once a layer
-def append_pages(kv_heads: int, width: int, dtype: str, page_size: int, token_last: bool) -> tvm.tirx.PrimFunc:
-    """Write row t of x to the slot of its token, in place.
+def append_pages(
+    kv_heads: int, width: int, dtype: str, page_size: int, token_last: bool, cache: str = ""
+) -> tvm.tirx.PrimFunc:
+    """Write row t of x to the slot of its token, in place; to a quantized cache as codes and scales.
 
-    append_pages(pages [p, *page], x [n, kv_heads, width], qo_indptr, kv_indptr, kv_indices, kv_last_page_len);
-    pages and x are of `dtype`.
+    append_pages(pages [p, *page], (scales [p, kv_heads, page_size],) x [n, kv_heads, width], qo_indptr, kv_indptr,
+    kv_indices, kv_last_page_len); x is of `dtype`, pages too where the cache is not quantized.
     """
     page = page_shape(kv_heads, width, page_size, token_last)
 
@@ -84,9 +101,56 @@ def append_pages(kv_heads: int, width: int, dtype: str, page_size: int, token_la
                         else:
                             pages[to, h, slot, e] = x[qo_indptr[s] + i, h, e]
 
-    return _tag(
-        append, APPEND_PAGES, kv_heads=kv_heads, width=width, dtype=dtype, page_size=page_size, token_last=token_last
-    )
+    made = {"kv_heads": kv_heads, "width": width, "dtype": dtype, "page_size": page_size, "token_last": token_last}
+    if not cache:
+        return _tag(append, APPEND_PAGES, **made)
+
+    def float32(x):
+        return T.Cast("float32", x)
+
+    @T.prim_func(private=True, s_tir=True)
+    def append_codes(
+        pages_h: T.handle,
+        scales_h: T.handle,
+        x_h: T.handle,
+        qo_h: T.handle,
+        kv_h: T.handle,
+        idx_h: T.handle,
+        last_h: T.handle,
+    ):
+        p, p2, n, b1, b2, r, b = T.int64(), T.int64(), T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
+        pages = T.match_buffer(pages_h, (p, *page), codes.CODES[cache])
+        scales = T.match_buffer(scales_h, (p2, kv_heads, page_size), codes.SCALE)
+        x = T.match_buffer(x_h, (n, kv_heads, width), dtype)
+        qo_indptr = T.match_buffer(qo_h, (b1,), "int32")
+        kv_indptr = T.match_buffer(kv_h, (b2,), "int32")
+        kv_indices = T.match_buffer(idx_h, (r,), "int32")
+        kv_last_page_len = T.match_buffer(last_h, (b,), "int32")
+        with T.sblock("append"):
+            T.reads()
+            T.writes()
+            bits = T.sblock_alloc_buffer((1,), "uint32")  # of the largest magnitude so far
+            most = T.sblock_alloc_buffer((1,), "float32")
+            for s in T.serial(b):
+                length = (kv_indptr[s + 1] - kv_indptr[s] - 1) * page_size + kv_last_page_len[s]
+                for i, h in T.grid(qo_indptr[s + 1] - qo_indptr[s], kv_heads):
+                    row = qo_indptr[s] + i
+                    position = length - (qo_indptr[s + 1] - qo_indptr[s]) + i
+                    to = T.Cast("int64", kv_indices[kv_indptr[s] + position // page_size])
+                    slot = position % page_size
+                    bits[0] = T.reinterpret("uint32", T.float32(codes.TINY))
+                    for e in T.serial(width):
+                        bits[0] = codes.largest_bits(bits[0], float32(x[row, h, e]))
+                    most[0] = T.reinterpret("float32", bits[0])
+                    scales[to, h, slot] = most[0] * T.float32(1 / codes.LARGEST[cache])
+                    most[0] = T.float32(codes.LARGEST[cache]) / most[0]
+                    for e in T.serial(width):
+                        if token_last:
+                            pages[to, h, e, slot] = codes.code(cache, float32(x[row, h, e]) * most[0])
+                        else:
+                            pages[to, h, slot, e] = codes.code(cache, float32(x[row, h, e]) * most[0])
+
+    return _tag(append_codes, APPEND_PAGES, **made, cache=cache)
 
 
 @functools.cache
@@ -104,19 +168,21 @@ def paged_attention(
     chunk: int = 0,
     sinks: bool = False,
     v_width: int = 0,
+    cache: str = "",
 ) -> tvm.tirx.PrimFunc:
     """Causal attention of every new token over the pages of its sequence; float32 inside.
 
-    paged_attention(q [n, heads, head_dim], k_pages [p, *page], v_pages [p, *page], (sinks [heads] float32,) qo_indptr,
-    kv_indptr, kv_indices, kv_last_page_len, out [n, heads, v_dim]); q, pages and out are of `dtype`. Head i reads the
-    key and value head i // (heads / kv_heads). `keys_token_last` says how a page of keys lies; a page of values is
-    [kv_heads, page_size, v_dim].
+    paged_attention(q [n, heads, head_dim], k_pages [p, *page], (k_scales [p, kv_heads, page_size],) v_pages [p, *page],
+    (v_scales [p, kv_heads, page_size],) (sinks [heads] float32,) qo_indptr, kv_indptr, kv_indices, kv_last_page_len,
+    out [n, heads, v_dim]); q and out are of `dtype`, pages too where the cache is not quantized: only a quantized one
+    has scales. Head i reads the key and value head i // (heads / kv_heads). `keys_token_last` says how a page of keys
+    lies; a page of values is [kv_heads, page_size, v_dim].
 
     The token at position p sees the positions j <= p; of these, with a window those with p - j < window, with a chunk
     those with j // chunk == p // chunk. Scores are q.k * scale, with a softcap tanh(score / softcap) * softcap; a sink
     joins its head's softmax as one more score, of no value.
 
-    v_width > 0 (latent attention): there are no v_pages; the value is the first v_width = v_dim columns of the key.
+    v_width > 0 (latent attention): there are no v_pages (and v_scales); the value is the first v_width = v_dim columns of the key.
     """
     if heads % kv_heads or (v_width and v_width != v_dim):
         raise ValueError(f"paged_attention: {heads} heads over {kv_heads}, v_dim {v_dim}, v_width {v_width}")
@@ -132,17 +198,26 @@ def paged_attention(
     def capped(x):
         return T.tanh(x / T.float32(softcap)) * T.float32(softcap) if softcap else x
 
-    def key(k, page, head, slot, e):
-        return T.Cast("float32", k[page, head, e, slot] if keys_token_last else k[page, head, slot, e])
+    stored = codes.CODES[cache] if cache else dtype
 
-    def value(k, v, page, head, slot, e):
-        return key(k, page, head, slot, e) if v_width else T.Cast("float32", v[page, head, slot, e])
+    def number(code, scales, page, head, slot):
+        return codes.number(cache, code) * scales[page, head, slot] if cache else T.Cast("float32", code)
+
+    def key(k, scales, page, head, slot, e):
+        return number(k[page, head, e, slot] if keys_token_last else k[page, head, slot, e], scales, page, head, slot)
+
+    def value(k, k_scales, v, v_scales, page, head, slot, e):
+        if v_width:
+            return key(k, k_scales, page, head, slot, e)
+        return number(v[page, head, slot, e], v_scales, page, head, slot)
 
     @T.prim_func(private=True, s_tir=True)
     def attend(
         q_h: T.handle,
         k_h: T.handle,
+        k_scales_h: T.handle,
         v_h: T.handle,
+        v_scales_h: T.handle,
         sink_h: T.handle,
         qo_h: T.handle,
         kv_h: T.handle,
@@ -150,10 +225,13 @@ def paged_attention(
         last_h: T.handle,
         out_h: T.handle,
     ):
-        p, p2, n, b1, b2, r, b = T.int64(), T.int64(), T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
+        p, p2, p3, p4 = T.int64(), T.int64(), T.int64(), T.int64()
+        n, b1, b2, r, b = T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
         q = T.match_buffer(q_h, (n, heads, head_dim), dtype)
-        k = T.match_buffer(k_h, (p, *k_page), dtype)
-        v = T.match_buffer(v_h, (p2, *v_page), dtype)
+        k = T.match_buffer(k_h, (p, *k_page), stored)
+        k_scales = T.match_buffer(k_scales_h, (p3, kv_heads, page_size), codes.SCALE)
+        v = T.match_buffer(v_h, (p2, *v_page), stored)
+        v_scales = T.match_buffer(v_scales_h, (p4, kv_heads, page_size), codes.SCALE)
         sink = T.match_buffer(sink_h, (heads,), "float32")
         qo_indptr = T.match_buffer(qo_h, (b1,), "int32")
         kv_indptr = T.match_buffer(kv_h, (b2,), "int32")
@@ -183,19 +261,24 @@ def paged_attention(
                         slot = j % page_size
                         score[0] = T.float32(0)
                         for e in T.serial(head_dim):
-                            score[0] = score[0] + T.Cast("float32", q[row, h, e]) * key(k, page, h // group, slot, e)
+                            score[0] = score[0] + T.Cast("float32", q[row, h, e]) * key(
+                                k, k_scales, page, h // group, slot, e
+                            )
                         score[0] = capped(score[0] * T.float32(scale))
                         old[0] = T.exp(T.min(peak[0] - score[0], T.float32(0)))
                         peak[0] = T.max(peak[0], score[0])
                         score[0] = T.exp(score[0] - peak[0])
                         total[0] = total[0] * old[0] + score[0]
                         for e in T.serial(v_dim):
-                            acc[e] = acc[e] * old[0] + score[0] * value(k, v, page, h // group, slot, e)
+                            acc[e] = acc[e] * old[0] + score[0] * value(
+                                k, k_scales, v, v_scales, page, h // group, slot, e
+                            )
                     for e in T.serial(v_dim):
                         out[row, h, e] = T.Cast(dtype, acc[e] / total[0])
 
-    unused = {2} if v_width else set()
-    unused |= set() if sinks else {3}
+    unused = {3, 4} if v_width else set()
+    unused |= set() if cache else {2, 4}
+    unused |= set() if sinks else {5}
     return _tag(
         _drop_parameters(attend, unused),
         PAGED_ATTENTION,
@@ -212,6 +295,7 @@ def paged_attention(
         chunk=chunk,
         sinks=sinks,
         v_width=v_width,
+        **({"cache": cache} if cache else {}),
     )
 
 

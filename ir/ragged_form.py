@@ -106,7 +106,8 @@ class _PoolUse:
         self.bound = {b.var: b.value for b in bindings(step)}
         self.result = step.body.body
         self.group_of = {self.params[t["name"]]: g for g, group in enumerate(groups) for t in group["tensors"]}
-        self.appended: dict[relax.Var, relax.Var] = {}  # what an append is bound to -> its pool
+        self.written: dict[relax.Var, list[relax.Var]] = {}  # what an append is bound to -> its pools
+        self.appended: dict[relax.Var, relax.Var] = {}  # a pool after its append -> the pool
         self.attended: list[tuple[int, list[relax.Var]]] = []  # group and pools of every attention
 
     def check(self) -> None:
@@ -118,9 +119,11 @@ class _PoolUse:
                 self.check_append(var, value)
             elif op == PAGED_ATTENTION:
                 self.check_attention(var, value)
+            elif isinstance(value, relax.TupleGetItem) and value.tuple_value in self.written:
+                self.appended[var] = self.written[value.tuple_value][value.index]
             else:
                 self.check_other(var, value)
-        if variables(self.result) & (set(self.group_of) | set(self.appended)):
+        if variables(self.result) & self.pools:
             raise _wrong("logits as the result of step, found pages")
         used = [pool for _, pools in self.attended for pool in pools]
         for pool in self.group_of:
@@ -133,26 +136,41 @@ class _PoolUse:
             if found != len(group["layers"]):
                 raise _wrong(f"an attention for each of layers {group['layers']} of group {g}, found {found}")
 
+    @property
+    def pools(self) -> set[relax.Var]:
+        """Every variable that stands for pages."""
+        return set(self.group_of) | set(self.written) | set(self.appended)
+
     def check_append(self, var: relax.Var, call: relax.Call) -> None:
         where = f"in append_pages ({var.name})"
-        pool, _, *tables = call.args[1].fields
-        if pool not in self.group_of:
-            raise _wrong(f"a parameter of pages, found {pool} {where}")
-        if pool in self.appended.values():
-            raise _wrong(f"one append to {pool.name}, found another {where}")
-        self.check_tables(tables, self.group_of[pool], where)
-        self.appended[var] = pool
+        *pools, _ = list(call.args[1].fields)[:-4]
+        tables = list(call.args[1].fields)[-4:]
+        for pool in pools:
+            if pool not in self.group_of:
+                raise _wrong(f"a parameter of pages, found {pool} {where}")
+            if pool in self.appended.values():
+                raise _wrong(f"one append to {pool.name}, found another {where}")
+            self.check_tables(tables, self.group_of[pool], where)
+        self.written[var] = pools
+        if len(pools) == 1:
+            self.appended[var] = pools[0]
 
     def check_attention(self, var: relax.Var, call: relax.Call) -> None:
         where = f"in paged_attention ({var.name})"
         args = list(call.args[1].fields)
         attrs = attributes_of(self.module, call)
-        pages = args[1:2] if int(attrs["v_width"]) else args[1:3]
+        each = 2 if "cache" in self.module[call.args[0]].attrs else 1  # pages, and scales where they are quantized
+        pages = args[1 : 1 + (each if int(attrs["v_width"]) else 2 * each)]
         for x in pages:
             if x in self.group_of:
                 raise _wrong(f"pages after their append, found {x.name} as it came {where}")
             if x not in self.appended:
                 raise _wrong(f"appended pages, found {x} {where}")
+        for i in range(0, len(pages), each):
+            together = [self.appended[x] for x in pages[i : i + each]]
+            if not any(self.same(together, pools) for pools in self.written.values()):
+                names = ", ".join(pool.name for pool in together)
+                raise _wrong(f"pages with the scales of their append, found {names} {where}")
         group = {self.group_of[self.appended[x]] for x in pages}
         if len(group) != 1:
             raise _wrong(f"keys and values of one group, found {sorted(group)} {where}")
@@ -162,6 +180,10 @@ class _PoolUse:
             if int(attrs[name]) != self.groups[g][name]:
                 raise _wrong(f"{name} {self.groups[g][name]} of group {g}, found {int(attrs[name])} {where}")
         self.attended.append((g, [self.appended[x] for x in pages]))
+
+    @staticmethod
+    def same(found: list[relax.Var], expected: list[relax.Var]) -> bool:
+        return len(found) == len(expected) and all(a.same_as(b) for a, b in zip(found, expected, strict=True))
 
     def check_tables(self, found: list[relax.Expr], g: int, where: str) -> None:
         names = ["qo_indptr", *(f"{name}_{g}" for name in TABLES)]
@@ -174,7 +196,7 @@ class _PoolUse:
         )
         if kernel is not None and isinstance(self.module.functions.get(kernel), tirx.PrimFunc):
             raise _wrong(f"Relax and semantic ops, found a call of {kernel} ({var.name})")
-        touched = variables(value) & (set(self.group_of) | set(self.appended))
+        touched = variables(value) & self.pools
         if touched:
             names = ", ".join(sorted(v.name for v in touched))
             raise _wrong(f"pages in semantic ops alone, found {names} in {op_name(value)} ({var.name})")

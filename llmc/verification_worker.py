@@ -18,7 +18,7 @@ from llmc import targets
 from llmc.codegen.library import machine_code
 from llmc.codegen.software_device import DeviceFault
 from llmc.codegen.software_device import device as software
-from llmc.ir.driver import Pages, numpy_dtype
+from llmc.ir.driver import Pages, numpy_dtype, unwritten
 from llmc.ir.errors import CompileError
 from llmc.ir.evaluate import Reference
 from llmc.runtime import artifact
@@ -65,7 +65,7 @@ class ReferenceExecutor(HostLogits):
         held = {name: tensor(weights[name], weights.specs[name][1]) for name in names}
         self.weights = {f: [held[name] for name in entry.functions[f].weights] for f in ("embed", "step")}
         self.pools = [
-            tvm.runtime.tensor(np.full((count, *t.shape), np.nan, numpy_dtype(t.dtype)))
+            tvm.runtime.tensor(unwritten((count, *t.shape), t.dtype))
             for group, count in zip(entry.state, self.pages, strict=True)
             for t in group.tensors
         ]

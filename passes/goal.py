@@ -19,6 +19,7 @@ class Goal:
     page_size    tokens in a page of the cache
     max_context  longest sequence, in tokens; None: the model's own limit
     schemes      weight -> the scheme (passes/schemes) that it is to be stored in; all others stay as they are
+    kv_cache     "int8" or "fp8": keys and values are cached in 8 bits (ir.quantized_cache); None: as they are
     """
 
     target: Any = None
@@ -26,6 +27,7 @@ class Goal:
     page_size: int = 16
     max_context: int | None = None
     schemes: Mapping[str, Any] = field(default_factory=dict)
+    kv_cache: str | None = None
 
     def fact(self, name: str, default: Any) -> Any:
         """A fact of the target, or `default` where the target (or the fact) is unknown."""

@@ -408,14 +408,16 @@ def expert_linear(site: Site) -> State:
 
 
 def append_pages(site: Site) -> State:
-    pages, x, *tables = site.states
-    if pages != Opaque("pages") or x != Token(0) or any(t != Opaque("table") for t in tables):
+    """Pages (of a quantized cache: codes and scales), then one row a token, then page tables."""
+    pages = [s for s in site.states if s == Opaque("pages")]
+    x, *tables = site.states[len(pages) :]
+    if not pages or x != Token(0) or any(t != Opaque("table") for t in tables):
         raise Mixing(f"expected pages, one row a token, and page tables, found {site.states}")
-    return pages
+    return pages[0] if len(pages) == 1 else tuple(pages)
 
 
 def paged_attention(site: Site) -> State:
-    """q, then pages (of keys and values, or of a latent), then sinks or not, then page tables."""
+    """q, then pages (of keys and values, or of a latent, with their scales), then sinks or not, then page tables."""
     q, *rest = site.states
     pages = rest.count(Opaque("pages"))
     tables = rest[pages + (UNIFORM in rest) :]

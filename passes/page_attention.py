@@ -38,7 +38,12 @@ class PageAttention:
     value that is the first columns of its key (latent attention) is not stored again. Attention reads the appended
     pages, never the parameter: data flow is the order of things, and no pass can part the two.
 
-    Keeps: the logits of every sequence are those of main on all its tokens. Leaves alone: everything but attention; for
+    With goal.kv_cache a page holds codes, and a tensor of scales stands beside each tensor of pages:
+
+            k_pages, k_scales = call_tir_inplace(append_pages, k_pages_0, k_scales_0, k, tables)
+
+    Keeps: the logits of every sequence are those of main on all its tokens; with goal.kv_cache, of main where keys and
+    values are rounded, head by head and token by token, as `ir.quantized_cache` says. Leaves alone: everything but attention; for
     a program of token-local ops nothing else depends on what a sequence is.
     """
 
@@ -64,19 +69,22 @@ class _Pager(Rewriter):
         self.next_layer = 0
 
     def layer(self, index: int, call: relax.Call) -> dict:
-        """What is cached for a layer: {"window", "chunk", "latent", "dtype", "tensors": state's entries}."""
+        """What is cached for a layer: {"window", "chunk", "latent", "dtype", "tensors": for keys and values (unless
+        they are latent) the state's entries}."""
         q, k, v = call.args[:3]
         attrs = attributes_of(self.module, call)
         kv_heads, head_dim, v_dim = (int(d) for d in (*list(k.ty.shape)[1:], v.ty.shape[2]))
         latent = self.is_first_columns(v, k)
         dtypes = {dtype_of(x) for x in (q, k, v)}
         dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+        page_size, cache = self.goal.page_size, self.goal.kv_cache or ""
         tensors = [
-            {
-                "name": f"{letter}_pages_{index}",
-                "shape": list(paging.page_shape(kv_heads, width, self.goal.page_size, self.token_last(letter))),
-                "dtype": dtype,
-            }
+            [
+                {**t, "name": f"{t['name']}_{index}"}
+                for t in paging.page_tensors(
+                    letter, kv_heads, width, page_size, self.token_last(letter), dtype, cache
+                )
+            ]
             for letter, width in {"k": head_dim, "v": v_dim}.items()
             if not (latent and letter == "v")
         ]
@@ -108,7 +116,7 @@ class _Pager(Rewriter):
             refs, pages = tirx.Var(f"r{i}", "int64"), tirx.Var(f"p{i}", "int64")
             sizes = {"kv_indptr": b1, "kv_indices": refs, "kv_last_page_len": b}
             self.tables.append([table(f"{name}_{i}", size) for name, size in sizes.items()])
-            for tensor in (t for layer in self.of(group) for t in self.layers[layer]["tensors"]):
+            for tensor in self.tensors(group):
                 shape = [pages, *(tirx.IntImm("int64", d) for d in tensor["shape"])]
                 self.pools[tensor["name"]] = relax.Var(tensor["name"], relax.TensorType(shape, tensor["dtype"]))
         inputs = [tokens, self.positions, self.qo_indptr, *(t for ts in self.tables for t in ts), *self.pools.values()]
@@ -119,6 +127,10 @@ class _Pager(Rewriter):
         """The layers of a group."""
         return [i for i, layer in enumerate(self.layers) if (layer["window"], layer["chunk"]) == group]
 
+    def tensors(self, group: tuple[int, int]) -> list[dict]:
+        """The tensors of a group's pages."""
+        return [t for i in self.of(group) for tensors in self.layers[i]["tensors"] for t in tensors]
+
     def attrs(self, old):
         state = [
             {
@@ -127,7 +139,7 @@ class _Pager(Rewriter):
                 "window": group[0],
                 "chunk": group[1],
                 "layers": self.of(group),
-                "tensors": [t for i in self.of(group) for t in self.layers[i]["tensors"]],
+                "tensors": self.tensors(group),
             }
             for group in self.groups
         ]
@@ -147,7 +159,7 @@ class _Pager(Rewriter):
         q, k, v, *sinks = (self.get(a) for a in value.args)
         q, k, v = (self.cast(x, layer["dtype"]) for x in (q, k, v))
         tables = [self.qo_indptr, *self.tables[self.groups.index((layer["window"], layer["chunk"]))]]
-        pools = [self.append(t, x, tables) for t, x in zip(layer["tensors"], (k, v), strict=False)]
+        pools = [p for ts, x in zip(layer["tensors"], (k, v), strict=False) for p in self.append(ts, x, tables)]
         heads, head_dim = (int(d) for d in list(q.ty.shape)[1:])
         kv_heads, v_dim = (int(d) for d in list(v.ty.shape)[1:])
         function = paging.paged_attention(
@@ -164,18 +176,24 @@ class _Pager(Rewriter):
             chunk=layer["chunk"],
             sinks=bool(sinks),
             v_width=v_dim if layer["latent"] else 0,
+            cache=self.goal.kv_cache or "",
         )
         sinks = [self.cast(s, "float32") for s in sinks]
         out = relax.TensorType([*list(q.ty.shape)[:2], v.ty.shape[2]], layer["dtype"])
         out = R.call_tir(self.function_of(function), [q, *pools, *sinks, *tables], out)
         return out if layer["dtype"] == dtype_of(var) else R.astype(self.emit(out), dtype_of(var))
 
-    def append(self, tensor: dict, x: relax.Var, tables: list[relax.Var]) -> relax.Var:
-        pool = self.pools[tensor["name"]]
+    def append(self, tensors: list[dict], x: relax.Var, tables: list[relax.Var]) -> list[relax.Var]:
+        """The pools of keys or of values, after x is written to them."""
+        pools = [self.pools[t["name"]] for t in tensors]
         heads, width = (int(d) for d in list(x.ty.shape)[1:])
-        token_last = self.token_last(tensor["name"][0])
-        function = paging.append_pages(heads, width, tensor["dtype"], self.goal.page_size, token_last)
-        return self.emit(R.call_tir_inplace(self.function_of(function), [pool, x, *tables], 0, pool.ty))
+        token_last, cache = self.token_last(tensors[0]["name"][0]), self.goal.kv_cache or ""
+        function = paging.append_pages(heads, width, dtype_of(x), self.goal.page_size, token_last, cache)
+        call = [self.function_of(function), [*pools, x, *tables]]
+        if len(pools) == 1:
+            return [self.emit(R.call_tir_inplace(*call, 0, pools[0].ty))]
+        both = self.emit(R.call_tir_inplace(*call, list(range(len(pools))), [p.ty for p in pools]))
+        return [self.emit(relax.TupleGetItem(both, i)) for i in range(len(pools))]
 
     def function_of(self, function: tirx.PrimFunc) -> tvm.ir.GlobalVar:
         if function not in self.functions:

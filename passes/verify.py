@@ -233,7 +233,7 @@ class Trace(Rewriter):
         op = op_of(self.module, value)
         operands = list(value.args) if op in ("attention", "expert_linear") else []
         if op == APPEND_PAGES:
-            self.appended.append(value.args[1].fields[1])
+            self.appended.append(value.args[1].fields[-5])  # the rows: four tables come after
         if op == PAGED_ATTENTION:
             op, operands = "attention", [value.args[1].fields[0], *self.appended]
             self.appended = []

@@ -5,6 +5,9 @@ A task is a few new tokens of one sequence and a few of the query heads that sha
 together. Online softmax over blocks of four pages, aligned to the sequence's beginning: what a row computes depends on
 its own position alone. A row that shares a task with others meets pages that it can't see: there its peak stays,
 its sums are multiplied by exactly 1 and added exactly 0. So its bits are the same alone, in a batch and in any chunk.
+
+Of a quantized cache the numbers that codes say are multiplied and summed; a token's scale multiplies its score, which
+is one number, and the weight of its values.
 """
 
 import math
@@ -15,8 +18,10 @@ from typing import Any
 import tvm
 from tvm.tirx.script import builder as T
 
+from llmc.ir.quantized_cache import CODES, SCALE
 from llmc.targets import CpuTarget
 
+from .cache_codes import decode
 from .vector import (
     Vector,
     bits,
@@ -74,6 +79,7 @@ def paged_attention(
     chunk: int = 0,
     sinks: bool = False,
     v_width: int = 0,
+    cache: str = "",
     *,
     name: str = "paged_attention",
 ) -> tvm.tirx.PrimFunc:
@@ -83,6 +89,7 @@ def paged_attention(
       q [n, heads, head_dim] dtype; k_pages [p, kv_heads, head_dim, page_size] dtype;
       v_pages [p, kv_heads, page_size, v_dim] dtype, unless v_width > 0; sinks [heads] float32, if `sinks`;
       qo_indptr [b+1], kv_indptr [b+1], kv_indices [r], kv_last_page_len [b], all int32; out [n, heads, v_dim] dtype.
+    Of a quantized cache k_pages and v_pages are codes, each followed by its scales [p, kv_heads, page_size] float32.
     dtype: "float32" or "bfloat16"; scores, softmax and sums are float32, rounded once at the end. n and b may be 0.
     """
     if not keys_token_last or page_size % target.lanes or heads % kv_heads:
@@ -92,21 +99,51 @@ def paged_attention(
             f"{heads} heads over {kv_heads}"
         )
     attend = _Attend(target, heads, kv_heads, head_dim, v_dim, page_size, scale, softcap, window, chunk, bool(v_width))
-    params: list = [("q", ("n", heads, head_dim), dtype), ("k_pages", ("p", kv_heads, head_dim, page_size), dtype)]
+    stored = CODES[cache] if cache else dtype
+    params: list = [("q", ("n", heads, head_dim), dtype), ("k_pages", ("p", kv_heads, head_dim, page_size), stored)]
+    if cache:
+        params.append(("k_scales", ("p3", kv_heads, page_size), SCALE))
     if not v_width:
-        params.append(("v_pages", ("p2", kv_heads, page_size, v_dim), dtype))
+        params.append(("v_pages", ("p2", kv_heads, page_size, v_dim), stored))
+    if cache and not v_width:
+        params.append(("v_scales", ("p4", kv_heads, page_size), SCALE))
     if sinks:
         params.append(("sinks", (heads,), "float32"))
     params += [("qo_indptr", ("b1",), "int32"), ("kv_indptr", ("b2",), "int32"), ("kv_indices", ("r",), "int32"),
                ("kv_last_page_len", ("b",), "int32"), ("out", ("n", heads, v_dim), dtype)]  # fmt: skip
 
-    def body(symbols: dict, q: Any, k: Any, *rest: Any) -> None:
+    def body(symbols: dict, q: Any, *rest: Any) -> None:
         arguments = list(rest)
-        v = bits(arguments.pop(0)) if not v_width else None
+
+        def pool() -> _Pool:
+            return _Pool(bits(arguments.pop(0)), cache, arguments.pop(0) if cache else None)
+
+        k = pool()
+        v = None if v_width else pool()
         sink = arguments.pop(0) if sinks else None
-        attend.emit(symbols["n"], symbols["b"], bits(q), bits(k), v, sink, arguments[:4], bits(arguments[4]))
+        attend.emit(symbols["n"], symbols["b"], bits(q), k, v, sink, arguments[:4], bits(arguments[4]))
 
     return kernel(name, params, body, target, transpose_text(target.lanes) if v_width else "")
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """Pages of keys or of values; codes of a quantized cache, and their scales."""
+
+    pages: Any
+    cache: str
+    scales: Any
+
+    @property
+    def bytes(self) -> int:
+        """Of a number."""
+        return {"uint16": 2, "int8": 1, "uint8": 1}.get(str(self.pages.dtype), 4)
+
+    def load(self, v: Vector, indices: list) -> Any:
+        """Neighbouring numbers, float32; those that codes say are not yet multiplied by a scale."""
+        if not self.cache:
+            return v.load(self.pages, indices)
+        return decode(v, self.cache, self.pages.vload(indices, v.dtype(str(self.pages.dtype))))
 
 
 @dataclass(frozen=True)
@@ -136,7 +173,7 @@ class _Attend:
         """Tokens between two updates of the peak."""
         return BLOCK_PAGES * self.page_size
 
-    def emit(self, n: Any, b: Any, q: Any, k: Any, v: Any, sink: Any, tables: list, out: Any) -> None:
+    def emit(self, n: Any, b: Any, q: Any, k: _Pool, v: _Pool | None, sink: Any, tables: list, out: Any) -> None:
         qo_indptr, kv_indptr, kv_indices, kv_last_page_len = tables
         cut, group = self.tasks, self.heads // self.kv_heads
         # The row blocks of all sequences: the sequence and the first row of each.
@@ -190,7 +227,7 @@ class _Attend:
                 choose([(rows == 1, values(few))] if few < all_ else [], values(all_))
             self.finish(state, out, row, rows, head0, heads_here)
 
-        share_out(blocks * each, work, lambda: _State(self))
+        share_out(blocks * each, work, lambda: _State(self, scaled=k.scales is not None))
 
     def first_seen(self, position: Any) -> Any:
         """The first position that a position sees."""
@@ -234,22 +271,22 @@ class _Attend:
             with loop(0, state.width // v.lanes) as i:
                 v.store(state.sums, v.const(0.0), [m, i * v.lanes])
 
-    def ahead(self, buffer: Any, number: Any, kv_head: Any, part: Any, parts: int) -> None:
+    def ahead(self, pool: _Pool, number: Any, kv_head: Any, part: Any, parts: int) -> None:
         """Prefetch one of so many parts of a page of one head, which the hardware can't guess: pages lie anywhere.
 
         Keys ask for the values of the same page, values for the keys of the next block.
         """
-        size = 1
+        buffer, size = pool.pages, 1
         for extent in buffer.shape[2:]:
             size *= int(extent)
-        line = 64 // (2 if buffer.dtype == "uint16" else 4)
+        line = 64 // pool.bytes
         lines = -(-size // line)
         flat = T.decl_buffer((*buffer.shape[:2], T.int64(size)), buffer.dtype, data=buffer.data)
         each = -(-lines // parts)
         for i in range(each):
             prefetch(flat, [number, kv_head, T.min(part * each + i, T.int64(lines - 1)) * line])
 
-    def scores(self, state: "_State", k: Any, values: Any, kv_head: Any, page_of: Callable, lo: Any, hi: Any,
+    def scores(self, state: "_State", k: _Pool, values: _Pool | None, kv_head: Any, page_of: Callable, lo: Any, hi: Any,
                start: Any, pairs: int) -> None:  # fmt: skip
         """state.scores[m, token of the block] = q . k for the pages lo … hi; m < pairs."""
         v = self.vector
@@ -259,7 +296,7 @@ class _Attend:
             sums = [[v.register(v.const(0.0)) for _ in range(across)] for _ in range(pairs)]
 
             def column(c: Any, number: Any = number, sums: list = sums) -> None:
-                keys = [v.load(k, [number, kv_head, c, T.int64(j * v.lanes)]) for j in range(across)]
+                keys = [k.load(v, [number, kv_head, c, T.int64(j * v.lanes)]) for j in range(across)]
                 if values is not None and pairs == self.tasks.heads:
                     self.ahead(values, number, kv_head, c, self.head_dim)
                 for m in range(pairs):
@@ -273,17 +310,23 @@ class _Attend:
             for c in range(self.head_dim // 4 * 4, self.head_dim):
                 column(T.int64(c))
             at = T.bind((page - start) * self.page_size)
-            for m in range(pairs):
-                for j in range(across):
-                    v.store(state.scores, sums[m][j].get(), [T.int64(m), at + j * v.lanes])
+            for j in range(across):
+                if k.scales is not None:
+                    scales = [v.load(p.scales, [number, kv_head, T.int64(j * v.lanes)]) for p in (k, values or k)]
+                    v.store(state.scales, scales[1], [at + j * v.lanes])
+                for m in range(pairs):
+                    score = sums[m][j].get()
+                    if k.scales is not None:
+                        score = score * scales[0]
+                    v.store(state.scores, score, [T.int64(m), at + j * v.lanes])
 
     def softmax(self, state: "_State", token0: Any, pairs: Any) -> None:
-        """Scores to exp(score - peak), 0 where masked; peak, totals and sums moved to the new peak."""
+        """Scores to exp(score - peak), 0 where masked, times the scales of values; peak, totals and sums moved to the new peak."""
         v = self.vector
         with loop(0, pairs) as m:
             first, last = T.bind(v.broadcast(state.first[m])), T.bind(v.broadcast(state.last[m]))
             offsets = range(0, self.block, v.lanes)
-            found = []
+            found, all_seen = [], []
             for at in offsets:
                 token = T.bind(v.ramp(token0 + at))
                 score = T.bind(v.load(state.scores, [m, T.int64(at)]) * v.const(self.scale))
@@ -291,15 +334,19 @@ class _Attend:
                     score = T.bind(v.tanh(score * v.const(1 / self.softcap)) * v.const(self.softcap))
                 seen = T.bind(T.bitwise_and(token >= first, token <= last))
                 found.append(T.bind(T.Select(seen, score, v.const(MASKED))))
+                all_seen.append(seen)
             top = found[0]
             for score in found[1:]:
                 top = T.bind(T.max(top, score))
             old = T.bind(state.peak[m])
             peak = T.bind(T.max(old, v.maximum_of_lanes(top)))
             total = v.const(0.0)
-            for at, score in zip(offsets, found, strict=True):
+            for at, score, seen in zip(offsets, found, all_seen, strict=True):
                 p = v.exp(score - v.broadcast(peak))
-                v.store(state.scores, p, [m, T.int64(at)])
+                weight = p
+                if state.scales is not None:  # a slot that nothing was written to has any scale, even NaN
+                    weight = T.bind(T.Select(seen, p * v.load(state.scales, [T.int64(at)]), v.const(0.0)))
+                v.store(state.scores, weight, [m, T.int64(at)])
                 total = T.bind(total + p)
             with when(peak > old):
                 shrink = v.exp(v.broadcast(old - peak))
@@ -309,7 +356,7 @@ class _Attend:
                     v.store(state.sums, v.load(state.sums, [m, i * v.lanes]) * shrink, [m, i * v.lanes])
             v.store(state.total, v.load(state.total, [m, T.int64(0)]) + total, [m, T.int64(0)])
 
-    def values(self, state: "_State", k: Any, values: Any, kv_head: Any, page_of: Callable, lo: Any, hi: Any,
+    def values(self, state: "_State", k: _Pool, values: _Pool | None, kv_head: Any, page_of: Callable, lo: Any, hi: Any,
                start: Any, last: Any, end: Any, pairs: int) -> None:  # fmt: skip
         """state.sums[m] += p . v for the tokens of the pages lo … hi before `last`; m < pairs."""
         lanes = self.target.lanes
@@ -350,14 +397,14 @@ class _Attend:
                 if width < lanes:
                     accumulate(T.int64(offset), [width], pages, load)
 
-        if not self.latent:
-            all_columns((lo, hi), lambda part, number, t, c: part.load(values, [number, kv_head, t, c]))
+        if values is not None:
+            all_columns((lo, hi), lambda part, number, t, c: values.load(part, [number, kv_head, t, c]))
             return
         with loop(lo, hi) as page:
             self.transpose(state, k, kv_head, page_of(page))
             all_columns((page, page + 1), lambda part, number, t, c: part.load(state.turned, [t, c]))
 
-    def transpose(self, state: "_State", k: Any, kv_head: Any, number: Any) -> None:
+    def transpose(self, state: "_State", k: _Pool, kv_head: Any, number: Any) -> None:
         """state.turned[token, column] = the page's columns that are values."""
         v = self.vector
         square = v.lanes
@@ -366,7 +413,7 @@ class _Attend:
             for j in range(0, self.page_size, square):
                 for c in range(square):
                     v.store(
-                        state.square, v.load(k, [number, kv_head, column + c, T.int64(j)]), [T.int64(c), T.int64(0)]
+                        state.square, k.load(v, [number, kv_head, column + c, T.int64(j)]), [T.int64(c), T.int64(0)]
                     )
                 T.evaluate(
                     T.call_extern("void", f"llmc_transpose_{square}", T.address_of(state.square[0, 0]),
@@ -380,7 +427,7 @@ class _Attend:
             for j in range(self.page_size):
                 one = Vector(1)
                 one.store(
-                    state.turned, one.load(k, [number, kv_head, T.int64(c), T.int64(j)]), [T.int64(j), T.int64(c)]
+                    state.turned, k.load(one, [number, kv_head, T.int64(c), T.int64(j)]), [T.int64(j), T.int64(c)]
                 )
 
     def finish(self, state: "_State", out: Any, row: Any, rows: Any, head0: Any, heads_here: Any) -> None:
@@ -404,7 +451,7 @@ class _Attend:
 class _State:
     """Scratch of one thread, for the pairs (row, head) of a task."""
 
-    def __init__(self, attend: _Attend):
+    def __init__(self, attend: _Attend, *, scaled: bool):
         v, pairs = attend.vector, attend.tasks.rows * attend.tasks.heads
         self.width = math.ceil(attend.v_dim / v.lanes) * v.lanes
         self.queries = scratch([pairs, math.ceil(attend.head_dim / v.lanes) * v.lanes])
@@ -413,6 +460,7 @@ class _State:
         self.total = scratch([pairs, v.lanes])  # of exponentials, lane by lane
         self.peak = scratch([pairs])
         self.first, self.last = scratch([pairs], "int32"), scratch([pairs], "int32")  # positions that a pair sees
+        self.scales = scratch([attend.block]) if scaled else None  # of the values of a block
         if attend.latent:
             self.turned = scratch([attend.page_size, self.width])
             self.square = scratch([v.lanes, v.lanes])

@@ -212,9 +212,10 @@ class Vector:
         """Write a float32 vector to float32 or, rounded to nearest even, to uint16 (the bits of bfloat16)."""
         if buffer.dtype == "uint16":
             value = T.Cast(self.dtype("uint16"), self.round_bf16(value))
-        self._write(buffer, value, indices)
+        self.write(buffer, value, indices)
 
-    def _write(self, buffer: Any, value: Any, indices: Sequence[Any]) -> None:
+    def write(self, buffer: Any, value: Any, indices: Sequence[Any]) -> None:
+        """Write lanes of a buffer's own dtype."""
         *outer, last = indices
         T.buffer_store(buffer, value, [*outer, last if self.lanes == 1 else T.ramp(last, 1, self.lanes)])
 
@@ -240,6 +241,10 @@ class Vector:
 
     def maximum_of_lanes(self, value: Any) -> Any:
         return value if self.lanes == 1 else T.bind(T.call_llvm_intrin("float32", "llvm.vector.reduce.fmax", value))
+
+    def largest_lane(self, value: Any) -> Any:
+        """Of int32 lanes."""
+        return value if self.lanes == 1 else T.bind(T.call_llvm_intrin("int32", "llvm.vector.reduce.smax", value))
 
     def sum_of_lanes(self, value: Any) -> Any:
         """In the order of the lanes."""
@@ -296,7 +301,7 @@ class Register:
         return self.buffer.vload([0], self.vector.f32)
 
     def set(self, value: Any) -> None:
-        self.vector._write(self.buffer, value, [0])
+        self.vector.write(self.buffer, value, [0])
 
 
 def bits(buffer: Any) -> Any:

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from tests import quantized_cache
 from tests.codegen.cpu import native
 
 PAGE = 16
@@ -47,6 +48,21 @@ def paged(values, table, token_last, dtype):
     return np.ascontiguousarray(pages.swapaxes(2, 3) if token_last else pages).astype(native.DTYPES[dtype])
 
 
+def pools(values, table, token_last, dtype, cache):
+    """The tensors of pages that hold values: of a quantized cache codes and scales."""
+    if not cache:
+        return [paged(values, table, token_last, dtype)]
+    codes, scales = zip(*(quantized_cache.quantize(value, cache) for value in values), strict=True)
+    number = codes[0].dtype
+    pages = np.full((len(table["kv_indices"]) + 1, values[0].shape[1], PAGE, values[0].shape[2]), 85, number)
+    beside = np.full(pages.shape[:3], np.nan, np.float32)
+    for s, (code, scale) in enumerate(zip(codes, scales, strict=True)):
+        for position in range(len(code)):
+            to = table["kv_indices"][table["kv_indptr"][s] + position // PAGE]
+            pages[to, :, position % PAGE], beside[to, :, position % PAGE] = code[position], scale[position]
+    return [np.ascontiguousarray(pages.swapaxes(2, 3) if token_last else pages), beside]
+
+
 def expected(q, k, v, sinks, scale, softcap=0.0, window=0, chunk=0):
     """Float64 attention of one sequence: q [new, h, d] at the end of k [length, g, d], v [length, g, e]."""
     new, heads, _ = q.shape
@@ -75,6 +91,7 @@ class Case:
         from llmc.codegen.cpu.attention import paged_attention
 
         self.options, self.dtype, self.scale = options, dtype, 1.5 * head_dim**-0.5
+        self.cache = options.get("cache", "")
         self.masks = {k: v for k, v in options.items() if k in ("softcap", "window", "chunk")}
         self.kernel = native.build(
             paged_attention(target, heads, kv_heads, head_dim, v_dim, dtype, PAGE, True, self.scale, **options), target
@@ -92,13 +109,13 @@ class Case:
         """Outputs of a batch of sequences (q, k, v), one array a sequence."""
         batch = [(len(k), len(q)) for q, k, _ in sequences]
         table = tables(batch, seed)
-        k_pages = paged([k for _, k, _ in sequences], table, True, self.dtype)
-        v_pages = paged([v for *_, v in sequences], table, False, self.dtype)
+        keys = pools([k for _, k, _ in sequences], table, True, self.dtype, self.cache)
+        values = pools([v for *_, v in sequences], table, False, self.dtype, self.cache)
         q = np.concatenate([q for q, *_ in sequences])
         out = np.full((len(q), *self.shape), np.nan, q.dtype)
-        values = [] if self.options.get("v_width") else [v_pages]
+        values = [] if self.options.get("v_width") else values
         sinks = [] if self.sinks is None else [self.sinks]
-        self.kernel(q, k_pages, *values, *sinks, *table.values(), out)
+        self.kernel(q, *keys, *values, *sinks, *table.values(), out)
         return np.split(out.astype(np.float64), table["qo_indptr"][1:-1])
 
     def check(self):
@@ -108,7 +125,9 @@ class Case:
         for s, (q, k, v) in enumerate(self.sequences):
             if not len(q):
                 continue
-            truth = expected(q, k, v, self.sinks, self.scale, **self.masks)
+            keys = quantized_cache.rounded(k, self.cache or None)
+            values = keys[..., : v.shape[2]] if self.options.get("v_width") else quantized_cache.rounded(v, self.cache or None)
+            truth = expected(q, keys, values, self.sinks, self.scale, **self.masks)
             error = max(error, np.abs(together[s] - truth).max() / np.abs(truth).max())
             alone &= np.array_equal(self([(q, k, v)], seed=s)[0], together[s])
             parts, done = [], 0
@@ -129,6 +148,34 @@ def check(cases, dtype):
 def test_matches_float64_and_bits_do_not_depend_on_the_batch(isolated):
     for case, target, error, alone, chunked in isolated(check, list(CASES), "float32", timeout=500):
         assert error < 3e-6 and alone and chunked, f"{case}, {target}: {error:.1e}, {alone=}, {chunked=}"
+
+
+def check_quantized(cases, dtype):
+    found = []
+    for case, kind in cases:
+        *shape, options = CASES[case]
+        for target in native.targets():
+            found.append((case, kind, target.name, *Case(target, *shape, {**options, "cache": kind}, dtype).check()))
+    return found
+
+
+QUANTIZED = ["grouped", "window in chunk", "sinks", "odd widths", "one", "latent, odd"]
+
+
+@pytest.mark.parametrize("kind", quantized_cache.KINDS)
+def test_quantized_cache(isolated, kind):
+    """Against float64 attention over what numpy reads from the codes, as near as over a cache of float32."""
+    for case, _, target, error, alone, chunked in isolated(
+        check_quantized, [(case, kind) for case in QUANTIZED], "float32", timeout=500
+    ):
+        assert error < 3e-6 and alone and chunked, f"{case}, {target}: {error:.1e}, {alone=}, {chunked=}"
+
+
+def test_quantized_cache_of_bfloat16(isolated):
+    for case, kind, target, error, alone, chunked in isolated(
+        check_quantized, [("grouped", "int8"), ("latent", "fp8")], "bfloat16", timeout=300
+    ):
+        assert error < 4e-3 and alone and chunked, f"{case}, {kind}, {target}: {error:.1e}, {alone=}, {chunked=}"
 
 
 def test_bfloat16(isolated):
