@@ -41,7 +41,7 @@ def page_shape(heads: int, width: int, page_size: int, token_last: bool) -> tupl
 def page_tensors(
     name: str, heads: int, width: int, page_size: int, token_last: bool, dtype: str, cache: str = ""
 ) -> list[dict]:
-    """The tensors that hold a layer's keys (`name` "k", say), as the state describes a page: {"name", "shape", "dtype"}.
+    """The tensors of a layer's keys (`name` "k", say) as the state describes a page: {"name", "shape", "dtype"}.
 
     Codes of a quantized cache are {name}_pages, their scales {name}_scales.
     """
@@ -182,7 +182,8 @@ def paged_attention(
     those with j // chunk == p // chunk. Scores are q.k * scale, with a softcap tanh(score / softcap) * softcap; a sink
     joins its head's softmax as one more score, of no value.
 
-    v_width > 0 (latent attention): there are no v_pages (and v_scales); the value is the first v_width = v_dim columns of the key.
+    v_width > 0 (latent attention): there are no v_pages (and v_scales); the value is the first v_width = v_dim columns
+    of the key.
     """
     if heads % kv_heads or (v_width and v_width != v_dim):
         raise ValueError(f"paged_attention: {heads} heads over {kv_heads}, v_dim {v_dim}, v_width {v_width}")

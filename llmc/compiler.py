@@ -18,10 +18,10 @@ from llmc.libraries import Program, build_libraries, dtype_notes, share_recipes
 from llmc.progress import Progress, reporting
 
 DTYPES = ("float32", "bfloat16", "float16")
+CACHES = ("int8", "fp8")
 # What the contract has and this version does not: asked for, it is refused by name.
 NOT_YET = {
     "quantize": "quantization schemes",
-    "kv_cache": "a quantized cache",
     "calibrate": "calibrated quantization",
     "quality": "quality reports of quantized models",
 }
@@ -56,6 +56,8 @@ def compile(
     output      folder to write; default: NAME.llmc in the working directory. Work in progress stands beside it in
                 NAME.llmc.partial, is resumed if its inputs agree, and becomes the artifact by one rename at the end
     overwrite   replace an existing artifact; without it an existing one is refused
+    kv_cache    what keys and values are cached in: "int8" or "fp8", 8 bits a number with a scale for each token's head;
+                default: the activations' dtype
     max_context longest sequence to serve, in tokens; default: the model's own limit
     dtype       compute dtype of activations: float32, bfloat16, float16. Default: float32 on a CPU; on a GPU the
                 checkpoint's own where the target multiplies it, else float16
@@ -66,19 +68,22 @@ def compile(
 
     Raises CompileError (stage, pass_name and op say where) for everything that is refused or goes wrong.
     """
-    for name, value in (("quantize", quantize), ("kv_cache", kv_cache), ("calibrate", calibrate), ("quality", quality)):
+    for name, value in (("quantize", quantize), ("calibrate", calibrate), ("quality", quality)):
         if value is not None:
             raise CompileError(f"{name}={value!r}: {NOT_YET[name]} are not in this version yet; leave {name} out")
     if weights not in ("load", "random"):
         raise CompileError(f"weights={weights!r}: expected 'load' or 'random'")
     if dtype is not None and dtype not in DTYPES:
         raise CompileError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
+    if kv_cache is not None and kv_cache not in CACHES:
+        expected = " or ".join(map(repr, CACHES))
+        raise CompileError(f"kv_cache={kv_cache!r}: expected {expected}, or None for the activations' dtype")
     if max_context is not None and max_context < 1:
         raise CompileError(f"max_context={max_context}: expected at least 1 token")
     output = Path(output) if output is not None else Path(f"{model_name(source)}.llmc")
     if output.exists() and not overwrite:
         raise CompileError(f"{output} exists already: give overwrite=True (--overwrite) or another output (-o)")
-    request = Request(source, _targets(target, host), max_context, dtype, verify, dump, weights)
+    request = Request(source, _targets(target, host), max_context, dtype, verify, dump, weights, kv_cache)
     with reporting(progress) as report, _disk_errors(output):
         return _build(request, output, report)
 
@@ -94,6 +99,7 @@ class Request:
     verify: bool
     dump: str | Path | None
     weights: str = "load"
+    kv_cache: str | None = None
 
 
 def _build(request: Request, output: Path, report: Progress) -> Path:
@@ -112,7 +118,9 @@ def _build(request: Request, output: Path, report: Progress) -> Path:
     weights = (_random_weights if request.weights == "random" else _weights)(work, recipes, report)
     manifest = artifact.Manifest(
         name=model_name(request.source),
-        model=imported.facts | {"notes": [*imported.facts["notes"], *dtype_notes(programs, imported.facts)]},
+        model=imported.facts
+        | {"notes": [*imported.facts["notes"], *dtype_notes(programs, imported.facts)]}
+        | {"kv_cache": request.kv_cache},
         targets=tuple(entries),
         weights=artifact.WeightsEntry(**weights),
         llmc=llmc.__version__,
@@ -184,7 +192,8 @@ def lower(imported, target, request: Request, report: Progress) -> Program:
     from llmc.passes.goal import Goal
     from llmc.passes.pipeline import PIPELINE
 
-    goal = Goal(target=target, dtype=imported.facts["dtype"], max_context=imported.facts["max_context"])
+    facts = imported.facts
+    goal = Goal(target, dtype=facts["dtype"], max_context=facts["max_context"], kv_cache=request.kv_cache)
     stages: tuple[Any, ...] = (*PIPELINE, codegen.KERNELS)
     count = sum(len(stage.passes) for stage in stages)
     hooks: list[Any] = [lambda index, current, before, after: report("passes", index / count)]
@@ -294,16 +303,14 @@ def _files(work: Work, files: dict[str, bytes]) -> dict[str, str]:
 
 def memory_facts(programs: list[Program], recipes: dict[str, Any]) -> dict[str, int]:
     """What running will take, in bytes: the weights, and the cache for each token of a sequence."""
-    sizes = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-    def page_bytes(tensor: dict) -> int:
-        count = sizes[tensor["dtype"]]
-        for extent in tensor["shape"]:
-            count *= extent
-        return count
+    from llmc.runtime.weights import Spec
 
     per_token = max(
-        sum(page_bytes(t) // group["page_size"] for group in program.state for t in group["tensors"])
+        sum(
+            Spec(tuple(t["shape"]), t["dtype"]).bytes // group["page_size"]
+            for group in program.state
+            for t in group["tensors"]
+        )
         for program in programs
     )
     weights = sum(recipe.nbytes for recipe in recipes.values())
@@ -378,7 +385,7 @@ def _inputs_digest(request: Request, imported) -> str:
         for room in ("llmc", "frontend", "ir", "passes", "codegen", "targets", "runtime")
         for file in (own / room).rglob("*.py")
     )
-    options = [str(request.targets), request.max_context, request.dtype, request.weights]
+    options = [str(request.targets), request.max_context, request.dtype, request.weights, request.kv_cache]
     digest = hashlib.sha256(json.dumps([llmc.__version__, code, options, imported.origin]).encode())
     return digest.hexdigest()
 

@@ -34,7 +34,7 @@ class ArtifactReport:
             f"up to {model.get('max_context')} tokens",
             f"dtype     {model.get('dtype')} activations over {model.get('checkpoint_dtype')} weights",
             f"memory    weights {_size(manifest.memory['weights_bytes'])}, "
-            f"cache {_size(manifest.memory['cache_bytes_per_token'])} a token",
+            f"cache {_size(manifest.memory['cache_bytes_per_token'])} a token{_cache_words(model)}",
         ]
         for entry in manifest.targets:
             size = (self.path / entry.library).stat().st_size
@@ -67,6 +67,12 @@ class ArtifactReport:
         return "\n".join(lines)
 
     __str__ = render
+
+
+def _cache_words(model: dict[str, Any]) -> str:
+    """How keys and values are cached, where not as they are."""
+    kind = model.get("kv_cache")
+    return f", in {kind} with a float32 scale for each token's head" if kind else ""
 
 
 def _resources(entry: artifact.TargetEntry) -> list[str]:

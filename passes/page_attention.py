@@ -43,8 +43,8 @@ class PageAttention:
             k_pages, k_scales = call_tir_inplace(append_pages, k_pages_0, k_scales_0, k, tables)
 
     Keeps: the logits of every sequence are those of main on all its tokens; with goal.kv_cache, of main where keys and
-    values are rounded, head by head and token by token, as `ir.quantized_cache` says. Leaves alone: everything but attention; for
-    a program of token-local ops nothing else depends on what a sequence is.
+    values are rounded, head by head and token by token, as `ir.quantized_cache` says. Leaves alone: everything but
+    attention; for a program of token-local ops nothing else depends on what a sequence is.
     """
 
     name: str = "page_attention"
@@ -81,9 +81,7 @@ class _Pager(Rewriter):
         tensors = [
             [
                 {**t, "name": f"{t['name']}_{index}"}
-                for t in paging.page_tensors(
-                    letter, kv_heads, width, page_size, self.token_last(letter), dtype, cache
-                )
+                for t in paging.page_tensors(letter, kv_heads, width, page_size, self.token_last(letter), dtype, cache)
             ]
             for letter, width in {"k": head_dim, "v": v_dim}.items()
             if not (latent and letter == "v")

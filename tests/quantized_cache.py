@@ -1,4 +1,4 @@
-"""What a cache in 8 bits keeps of keys and values, in numpy: written down from the formats, for tests to compare with."""
+"""What a cache in 8 bits keeps of keys and values, in numpy, from the formats' own words; imported by tests."""
 
 import ml_dtypes
 import numpy as np

@@ -321,7 +321,10 @@ class _Attend:
                     v.store(state.scores, score, [T.int64(m), at + j * v.lanes])
 
     def softmax(self, state: "_State", token0: Any, pairs: Any) -> None:
-        """Scores to exp(score - peak), 0 where masked, times the scales of values; peak, totals and sums moved to the new peak."""
+        """Scores to exp(score - peak), 0 where masked; peak, totals and sums moved to the new peak.
+
+        Of a quantized cache each is multiplied by the scale of its token's values, once it is in the total.
+        """
         v = self.vector
         with loop(0, pairs) as m:
             first, last = T.bind(v.broadcast(state.first[m])), T.bind(v.broadcast(state.last[m]))

@@ -8,7 +8,8 @@ import pytest
 import tvm
 
 from llmc.ir import paging
-from llmc.ir.driver import Pages
+from llmc.ir.driver import Pages, unwritten
+from tests import quantized_cache
 
 F32 = "float32"
 
@@ -42,13 +43,20 @@ def build(func):
 class Cache:
     """One layer's pools and the two ops over them."""
 
-    def __init__(self, h, g, d, e, *, page=4, token_last=True, dtype=F32, v_width=0, pages=64, seed=0, **how):
+    def __init__(self, h, g, d, e, *, page=4, token_last=True, dtype=F32, v_width=0, pages=64, seed=0, cache="", **how):
         self.tables = Pages(page, pages, how.get("window", 0), how.get("chunk", 0), seed)
         widths = [(d, token_last)] if v_width else [(d, token_last), (e, False)]
-        self.append = [build(paging.append_pages(g, w, dtype, page, last)) for w, last in widths]
-        self.attend = build(paging.paged_attention(h, g, d, e, dtype, page, token_last, v_width=v_width, **how))
-        shape = [(pages, *paging.page_shape(g, w, page, last)) for w, last in widths]
-        self.pools = [tvm.runtime.tensor(np.full(s, np.nan, dtype)) for s in shape]
+        self.append = [build(paging.append_pages(g, w, dtype, page, last, cache)) for w, last in widths]
+        self.attend = build(
+            paging.paged_attention(h, g, d, e, dtype, page, token_last, v_width=v_width, cache=cache, **how)
+        )
+        self.pools = [
+            [
+                tvm.runtime.tensor(unwritten((pages, *t["shape"]), t["dtype"]))
+                for t in paging.page_tensors("k", g, w, page, last, dtype, cache)
+            ]
+            for w, last in widths
+        ]
         self.out = (h, e)
 
     def step(self, batch, sinks=None):
@@ -57,11 +65,12 @@ class Cache:
         qo = np.cumsum([0, *(len(x[0]) for x in batch.values())]).astype("int32")
         q, *kv = (np.concatenate(x) for x in zip(*batch.values(), strict=True))
         qo_, kv = tvm.runtime.tensor(qo), kv[: len(self.pools)]
-        for append, pool, x in zip(self.append, self.pools, kv, strict=True):
-            append(pool, tvm.runtime.tensor(x), qo_, *table)
+        for append, pools, x in zip(self.append, self.pools, kv, strict=True):
+            append(*pools, tvm.runtime.tensor(x), qo_, *table)
         out = tvm.runtime.tensor(np.full((len(q), *self.out), np.nan, q.dtype))
         extra = [] if sinks is None else [tvm.runtime.tensor(sinks)]
-        self.attend(tvm.runtime.tensor(q), *self.pools, *extra, qo_, *table, out)
+        pools = [pool for pools in self.pools for pool in pools]
+        self.attend(tvm.runtime.tensor(q), *pools, *extra, qo_, *table, out)
         return dict(zip(batch, np.split(out.numpy(), qo[1:-1]), strict=True))
 
 
@@ -125,11 +134,59 @@ def test_half_precision_rounds_once(dtype, tolerance):
     assert (abs(got - want) <= tolerance * abs(want) + 1e-6).all()
 
 
-def test_alone_equals_batch_equals_chunks_bit_for_bit():
+@pytest.mark.parametrize("token_last", [True, False])
+@pytest.mark.parametrize("kind", quantized_cache.KINDS)
+def test_a_quantized_cache_equals_dense_attention_over_what_numpy_rounds(kind, token_last):
+    h, g, d, e = 4, 2, 8, 6
+    rng = np.random.default_rng(6)
+    q, k, v = sequence(rng, 23, h, g, d, e)
+    k[3, 0], v[4, 1] = 0, 1e-12 * v[4, 1]
+    cache = Cache(h, g, d, e, scale=0.7, token_last=token_last, cache=kind, window=9)
+    got = np.concatenate([cache.step({"a": part((q, k, v), i, j)})["a"] for i, j in ((0, 14), (14, 22), (22, 23))])
+    k, v = (quantized_cache.rounded(x, kind) for x in (k, v))
+    np.testing.assert_allclose(got, dense(q, k, v, scale=0.7, window=9), atol=5e-6)
+
+
+@pytest.mark.parametrize("kind", quantized_cache.KINDS)
+def test_a_quantized_latent_and_half_precision(kind):
+    rng = np.random.default_rng(7)
+    q, k, _ = sequence(rng, 11, 4, 1, 8, 5)
+    got = Cache(4, 1, 8, 5, v_width=5, scale=0.5, cache=kind).step({"a": (q, k, k)})["a"]
+    k = quantized_cache.rounded(k, kind)
+    np.testing.assert_allclose(got, dense(q, k, k[..., :5], scale=0.5), atol=5e-6)
+    x = sequence(rng, 9, 2, 1, 8, 8, np.dtype(ml_dtypes.bfloat16))
+    got = Cache(2, 1, 8, 8, dtype="bfloat16", scale=0.3, cache=kind).step({"a": x})["a"].astype("float64")
+    want = dense(x[0].astype("float64"), *(quantized_cache.rounded(a, kind) for a in x[1:]), scale=0.3)
+    assert (abs(got - want) <= 2**-7 * abs(want) + 1e-6).all()
+
+
+@pytest.mark.parametrize("kind", quantized_cache.KINDS)
+def test_a_nan_is_kept_in_its_scale(kind):
+    q, k, v = sequence(np.random.default_rng(8), 6, 2, 2, 8, 8)
+    k[2, 1, 5] = v[4, 0, 7] = np.nan
+    got = Cache(2, 2, 8, 8, scale=0.3, cache=kind).step({"a": (q, k, v)})["a"]
+    assert (np.isnan(got[:, 1]).all(-1) == (np.arange(6) >= 2)).all()
+    assert (np.isnan(got[:, 0]).all(-1) == (np.arange(6) >= 4)).all()
+
+
+def test_every_number_of_e4m3_is_coded_and_read_again():
+    """All codes but the two NaN, as the vector of one head: the largest is 448, the scale 1."""
+    codes = np.array([c for c in range(256) if c & 127 != 127], np.uint8)
+    x = quantized_cache.numbers(codes).reshape(1, 1, -1)
+    cache = Cache(1, 1, len(codes), len(codes), scale=1.0, cache="fp8")
+    cache.step({"a": (x, x, x)})
+    pages, scales = (pool.numpy() for pool in cache.pools[1])
+    page = cache.tables.held["a"][0]
+    assert scales[page, 0, 0] == 1
+    np.testing.assert_array_equal(pages[page, 0, 0], codes)
+
+
+@pytest.mark.parametrize("kind", ["", *quantized_cache.KINDS])
+def test_alone_equals_batch_equals_chunks_bit_for_bit(kind):
     h, g, d, e = 2, 1, 8, 8
     rng = np.random.default_rng(3)
     a, b = sequence(rng, 13, h, g, d, e), sequence(rng, 7, h, g, d, e)
-    make = lambda seed: Cache(h, g, d, e, scale=0.4, window=6, seed=seed)  # noqa: E731
+    make = lambda seed: Cache(h, g, d, e, scale=0.4, window=6, seed=seed, cache=kind)  # noqa: E731
     alone = make(0).step({"a": a})["a"]
     together = make(1).step({"b": b, "a": a})["a"]
     chunks = make(2)
@@ -188,6 +245,24 @@ def test_functions_are_made_once_and_know_their_parameters():
         "page_size": 16,
         "token_last": False,
     }
+
+
+def test_functions_of_a_quantized_cache_know_their_parameters():
+    made = {"kv_heads": 2, "width": 8, "dtype": "bfloat16", "page_size": 16, "token_last": False, "cache": "fp8"}
+    assert paging.parameters(paging.append_pages(**made)) == made
+    attend = paging.paged_attention(4, 2, 8, 6, F32, 16, True, 0.5, cache="int8")
+    assert paging.parameters(attend)["cache"] == "int8"
+    assert paging.append_pages(2, 8, "bfloat16", 16, False).attrs.get("cache") is None
+
+
+def test_tensors_of_a_page():
+    assert paging.page_tensors("k", 2, 8, 4, True, "bfloat16") == [
+        {"name": "k_pages", "shape": [2, 8, 4], "dtype": "bfloat16"}
+    ]
+    assert paging.page_tensors("v", 2, 8, 4, False, "bfloat16", "fp8") == [
+        {"name": "v_pages", "shape": [2, 4, 8], "dtype": "uint8"},
+        {"name": "v_scales", "shape": [2, 4], "dtype": "float32"},
+    ]
 
 
 def test_heads_that_do_not_divide_are_refused():

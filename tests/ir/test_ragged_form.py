@@ -1,6 +1,7 @@
 """check_ragged: what is in the form passes, and every way out of it is named."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import tvm
@@ -20,10 +21,10 @@ from tests import decoders
 from tests.serving import GOAL
 
 
-def ragged(decoder):
+def ragged(decoder, goal=GOAL):
     module = decoder.module
     for current in (CacheLatent(), PageAttention(), SplitEmbedding(), GatherLogits()):
-        module = current.run(module, GOAL)
+        module = current.run(module, goal)
     return module
 
 
@@ -124,6 +125,33 @@ class Unused(Rewriter):
 def test_a_pool_without_use_is_named(module):
     with pytest.raises(FormError, match="k_pages_0 to be appended to and attended over, found it unused"):
         check_ragged(Unused(module, "step").run())
+
+
+def swapped_scales(at, var, call):
+    args = fields(at, call)
+    args[2], args[4] = args[4], args[2]
+    return R.call_tir(call.args[0], args, call.ty)
+
+
+def scales_as_they_came(at, var, call):
+    args = fields(at, call)
+    args[2] = next(p for p in at.old.params if p.name == "k_scales_0")
+    return R.call_tir(call.args[0], args, call.ty)
+
+
+SCALES = {
+    "of the values": (swapped_scales, "pages with the scales of their append, found k_pages_0, v_scales_0"),
+    "as they came": (scales_as_they_came, "after their append, found k_scales_0 as it came"),
+}
+
+
+@pytest.mark.parametrize("fault", SCALES)
+def test_scales_of_a_quantized_cache_are_followed(fault):
+    module = ragged(decoders.Decoder(layers=1), replace(GOAL, kv_cache="int8"))
+    check_ragged(module)
+    new, message = SCALES[fault]
+    with pytest.raises(FormError, match=message):
+        check_ragged(Change(module, paging.PAGED_ATTENTION, new).run())
 
 
 def test_states_and_signatures_are_checked(module):

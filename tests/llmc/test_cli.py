@@ -56,7 +56,7 @@ def test_wrong_usage(arguments):
         (["--target", "metal", "--host", "linux-x86_64"], "can't run metal: expected macos-arm64"),
         (["--host", "vax"], "unknown host 'vax': expected one of linux-x86_64"),
         (["--quantize", "int4"], "quantize='int4': quantization schemes are not in this version yet"),
-        (["--kv-cache", "int8"], "not in this version yet"),
+        (["--kv-cache", "int4"], "kv_cache='int4': expected 'int8' or 'fp8', or None for the activations' dtype"),
         (["--dtype", "float8"], "dtype='float8': expected one of float32, bfloat16, float16"),
         (["--max-context", "0"], "max_context=0: expected at least 1 token"),
         (["--weights", "none"], "weights='none': expected 'load' or 'random'"),

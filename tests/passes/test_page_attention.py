@@ -1,8 +1,11 @@
 """PageAttention: many sequences from paged caches give what each gives alone from the textbook."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tvm
+from tvm.relax import op as R
 
 from llmc.ir import paging
 from llmc.ir.driver import Driver, state_of
@@ -85,6 +88,61 @@ def test_half_precision_pages():
     # Attention rounds once to bfloat16 (2^-9), and each of two layers' sums of rounded numbers drifts by a few of
     # these.
     assert serving.error_of(module, decoder) < 0.05
+
+
+class Rounded(Rewriter):
+    """The textbook, its attention over keys and values as a cache in 8 bits keeps them: by arithmetic, not by codes."""
+
+    def __init__(self, module, kind):
+        super().__init__(module)
+        self.kind = kind
+
+    def rewrite(self, var, value):
+        if op_of(self.module, value) != "attention":
+            return self.again(value)
+        q, k, v, *sinks = (self.get(a) for a in value.args)
+        return tvm.relax.Call(value.op, [q, self.rounded(k), self.rounded(v), *sinks])
+
+    def rounded(self, x):
+        number = lambda value: tvm.relax.const(value, "float32")  # noqa: E731
+        largest = {"int8": 127.0, "fp8": 448.0}[self.kind]
+        size = self.emit(R.abs(x))
+        scale = self.emit(R.divide(self.emit(R.max(size, axis=[-1], keepdims=True)), number(largest)))
+        step = number(1.0)
+        if self.kind == "fp8":  # three bits of mantissa, and none below 2**-6
+            exponent = self.emit(R.divide(self.emit(R.log(self.emit(R.divide(size, scale)))), number(np.log(2.0))))
+            exponent = self.emit(R.maximum(self.emit(R.floor(exponent)), number(-6.0)))
+            step = self.emit(R.power(number(2.0), self.emit(R.subtract(exponent, number(3.0)))))
+        step = self.emit(R.multiply(step, scale))
+        return self.emit(R.multiply(self.emit(R.round(self.emit(R.divide(x, step)))), step))
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("how", [{}, {"windows": (5, 0), "sinks": True}, {"kv_heads": 1, "v_dim": 12, "softcap": 1.5}])
+def test_a_quantized_cache_is_the_textbook_over_rounded_keys_and_values(how, kind):
+    decoder = decoders.Decoder(**how)
+    tokens = serving.sequences(decoder.vocab)
+    wanted = serving.textbook_logits(Rounded(decoder.module, kind).run(), decoder.weights, tokens)
+    module = paged(decoder, replace(GOAL, kv_cache=kind))
+    # A number between two codes becomes the other one where the last bit of a key differs: none of these does.
+    assert serving.worst(serving.served_logits(module, decoder.weights, tokens), wanted) < TOLERANCE
+    # And what it costs can be seen: neither is the textbook itself.
+    assert serving.worst(wanted, serving.textbook_logits(decoder.module, decoder.weights, tokens)) > 1e-2
+
+
+def test_a_quantized_cache_has_codes_and_scales():
+    module = paged(decoders.Decoder(layers=1, windows=(6,)), replace(GOAL, kv_cache="int8"))
+    assert state_of(module)[0]["tensors"] == [
+        {"name": "k_pages_0", "shape": [2, 8, 4], "dtype": "int8"},
+        {"name": "k_scales_0", "shape": [2, 4], "dtype": "float32"},
+        {"name": "v_pages_0", "shape": [2, 4, 8], "dtype": "int8"},
+        {"name": "v_scales_0", "shape": [2, 4], "dtype": "float32"},
+    ]
+
+
+def test_expected_of_a_quantized_cache(golden):
+    decoder = decoders.Decoder(layers=1)
+    golden("page_attention_int8.txt", text(paged(decoder, replace(GOAL, kv_cache="int8"))))
 
 
 class Fault(Rewriter):

@@ -1,6 +1,6 @@
 """Verifier: right passes go through, and a fault is named with its pass, its layer and its op."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -116,6 +116,32 @@ def test_a_fault_is_located(model, verifier, fault):
     assert str(error.value).startswith(
         "fault changed what the program computes: expected the imported program's logits within 0.0001 of their spread"
     )
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_quantized_cache_may_cost_what_its_rounding_does(model, kind):
+    module, weights = model
+    goal = replace(GOAL, kv_cache=kind)
+    verifier = verify.Verifier(module, weights, goal)
+    manager.run(module, goal, on_pass=verifier.on_pass)
+    assert verifier.tolerance == verify.FLIPS[kind]
+
+
+def other_scale(at, var, call):
+    if op_of(at.module, call) != paging.PAGED_ATTENTION:
+        return None
+    func = paging.paged_attention(**{**paging.parameters(at.module[call.args[0]]), "scale": 0.01})
+    return R.call_tir(at.builder.add_func(func, "wrong"), [at.get(a) for a in call.args[1].fields], call.ty)
+
+
+def test_a_fault_behind_a_quantized_cache_is_seen(model):
+    module, weights = model
+    goal = replace(GOAL, kv_cache="int8")
+    verifier = verify.Verifier(module, weights, goal)
+    before = manager.run(module, goal, stages=PIPELINE[:3], on_pass=verifier.on_pass).module
+    stage = Stage("faulty", (Fault(other_scale, "step"),), lambda module: None)
+    with pytest.raises(CompileError, match="the result of attention of layer 0 differs, its operands do not"):
+        manager.run(before, goal, stages=(stage,), on_pass=verifier.on_pass)
 
 
 def test_nan_is_an_error():

@@ -126,7 +126,11 @@ class Case:
             if not len(q):
                 continue
             keys = quantized_cache.rounded(k, self.cache or None)
-            values = keys[..., : v.shape[2]] if self.options.get("v_width") else quantized_cache.rounded(v, self.cache or None)
+            values = (
+                keys[..., : v.shape[2]]
+                if self.options.get("v_width")
+                else quantized_cache.rounded(v, self.cache or None)
+            )
             truth = expected(q, keys, values, self.sinks, self.scale, **self.masks)
             error = max(error, np.abs(together[s] - truth).max() / np.abs(truth).max())
             alone &= np.array_equal(self([(q, k, v)], seed=s)[0], together[s])
