@@ -12,7 +12,8 @@ from tvm.tirx.script import builder as T
 from llmc.targets import CpuTarget
 
 from ..epilogue import Epilogue
-from .matmul import Product
+from .matmul import FloatProduct
+from .product import Product
 from .vector import bits, choose, i64, kernel, loop, opaque, scratch, share_out, variable, when
 
 
@@ -37,21 +38,35 @@ def expert_linear(
       residual [s, columns_out] epilogue.residual, if there is one; y [s, columns_out] out.
     Dtypes, epilogue and columns_out as in `matmul`. s may be 0.
     """
-    epilogue = epilogue or Epilogue()
-    product = Product(target, columns, depth, weight, activation, epilogue)
+    product = FloatProduct(
+        target=target,
+        columns=columns,
+        depth=depth,
+        weight=weight,
+        activation=activation,
+        epilogue=epilogue or Epilogue(),
+    )
+    return expert_kernel(product, experts, ids, out or activation, name)
+
+
+def expert_kernel(product: Product, experts: int, ids: str, out: str, name: str) -> tvm.tirx.PrimFunc:
+    """The kernel of a product whose weight has an axis of experts before its own: expert_linear(x, *packed, ids, …)."""
+    columns, depth, epilogue = product.columns, product.depth, product.epilogue
     layout, block, at_once, step = product.layout, product.block, product.rows_at_once, product.panels_at_once()
     out_columns = columns // 2 if epilogue.gate else columns
-    params: list = [("x", ("s", depth), activation), ("w", (experts, *layout.shape), weight), ("ids", ("s",), ids)]
+    packed = [(part, (experts, *shape), dtype) for part, shape, dtype in product.packed]
+    params: list = [("x", ("s", depth), product.activation), *packed, ("ids", ("s",), ids)]
     if epilogue.bias:
         params.append(("bias", (experts, columns), epilogue.bias))
     if epilogue.residual:
         params.append(("residual", ("s", out_columns), epilogue.residual))
-    params.append(("y", ("s", out_columns), out or activation))
+    params.append(("y", ("s", out_columns), out))
     draws = -(-layout.count // step)
 
-    def body(symbols: dict, x: Any, w: Any, ids: Any, *rest: Any) -> None:
+    def body(symbols: dict, x: Any, *rest: Any) -> None:
         n = symbols["s"]
-        arguments = [bits(b) for b in rest]
+        w, ids = list(rest[: len(packed)]), rest[len(packed)]
+        arguments = [bits(b) for b in rest[len(packed) + 1 :]]
         y = arguments.pop()
         residual = arguments.pop() if epilogue.residual else None
         bias = arguments.pop() if epilogue.bias else None
@@ -122,4 +137,4 @@ def expert_linear(
         with when(n > 0):
             share_out(many * draws, work, lambda: product.tile(T.min(n, T.int64(at_once))))
 
-    return kernel(name, params, body, target)
+    return kernel(name, params, body, product.target, product.llvm_text)

@@ -1,5 +1,6 @@
 """Rows of a weight by number: the embedding of tokens."""
 
+from collections.abc import Callable
 from typing import Any
 
 import tvm
@@ -64,16 +65,20 @@ def take(
                     v = Vector(width)
                     v.store(y, v.load(w, [row, T.int64(offset)]), [i, T.int64(offset)])
 
-        copy = from_panels if packed else from_rows
-
-        def serial() -> None:
-            with loop(0, symbols["n"]) as i:
-                copy(i)
-
-        def parallel() -> None:
-            with T.parallel(T.int64(0), symbols["n"]) as i:
-                copy(i)
-
-        choose([(symbols["n"] <= FEW, serial)], parallel)
+        each_row(symbols["n"], from_panels if packed else from_rows)
 
     return kernel(name, params, body, target)
+
+
+def each_row(n: Any, copy: Callable[[Any], None]) -> None:
+    """Emit copy(i) for i in 0 … n-1, on all threads where there are many."""
+
+    def serial() -> None:
+        with loop(0, n) as i:
+            copy(i)
+
+    def parallel() -> None:
+        with T.parallel(T.int64(0), n) as i:
+            copy(i)
+
+    choose([(n <= FEW, serial)], parallel)

@@ -1,12 +1,11 @@
 """Matrix products with packed weights: y = x @ W^T, each output one chain of multiply-adds in rising k.
 
-One vector lane owns one output for the whole sum, so a row's numbers are the same bits whatever other rows stand beside
-it. Weights lie in panels of `panel` output columns (see pack.py). Rows are taken in blocks, copied so that four
-consecutive k of one row lie together: [K/4][rows][4].
+Weights lie in panels of `panel` output columns (see pack.py). Rows are taken in blocks, copied so that four consecutive
+k of one row lie together: [K/4][rows][4].
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import tvm
@@ -16,22 +15,20 @@ from llmc.targets import CpuTarget
 
 from ..epilogue import Epilogue
 from .pack import Panels, panels
-from .vector import Vector, bits, choose, i64, kernel, loop, opaque, scratch, share_out, when
+from .product import Product, matmul_kernel
+from .vector import Vector, choose, i64, loop, scratch
 
 RUN = 4  # elements of one row that lie together in a block
-_GATES = {"silu": Vector.silu, "gelu_tanh": Vector.gelu_tanh}
 
 
-@dataclass(frozen=True)
-class Product:
-    """The geometry of one matrix product on one target, and the emission of its parts."""
+@dataclass(frozen=True, kw_only=True)
+class FloatProduct(Product):
+    """A product with a weight of floating-point numbers.
 
-    target: CpuTarget
-    columns: int
-    depth: int
+    weight: its dtype, "float32", "float16" or "bfloat16".
+    """
+
     weight: str
-    activation: str
-    epilogue: Epilogue = field(default_factory=Epilogue)
 
     @property
     def layout(self) -> Panels:
@@ -54,15 +51,16 @@ class Product:
         return self.target.vector_registers * 3 // 4 // self.layout.vectors
 
     @property
-    def sizes(self) -> list[int]:
-        """Rows that code is unrolled for: a block's rows are rounded up to one of these, padded with zeros."""
-        return sorted({1, -(-self.block // 3), -(-2 * self.block // 3), self.block})
+    def packed(self) -> list[tuple[str, tuple[int, ...], str]]:
+        return [("w", self.layout.shape, self.weight)]
 
     @property
-    def rows_at_once(self) -> int:
-        """Rows that pass one panel before the next: their blocks stay in a quarter of the last cache."""
-        fit = self.target.l3 // 4 // (self.elements * 4)
-        return max(1, min(fit, 1024) // self.block) * self.block
+    def row_bytes(self) -> int:
+        return self.elements * 4
+
+    @property
+    def panel_bytes(self) -> int:
+        return self.elements * self.layout.width * (4 if self.weight == "float32" or self.dots else 2)
 
     @property
     def depth_at_once(self) -> int:
@@ -71,13 +69,6 @@ class Product:
         bytes_of_run = RUN * self.layout.width * (4 if self.dots or self.weight == "float32" else 2)
         parts = max(1, -(-runs * bytes_of_run // (self.target.l2 // 2)))
         return -(-runs // parts)
-
-    def padded(self, rows: Any) -> Any:
-        """Rows of a block of so many rows, with its padding."""
-        value = T.int64(self.block)
-        for size in reversed(self.sizes[:-1]):
-            value = T.Select(rows <= size, T.int64(size), value)
-        return value
 
     def copy_block(self, x: Any, blocks: Any, source: Callable[[Any], Any], base: Any, rows: Any) -> None:
         """Emit the copy of rows source(0) … source(rows-1) of x into the block at row `base` of `blocks`."""
@@ -129,12 +120,9 @@ class Product:
         """Scratch for so many rows in blocks."""
         return scratch([(rows + self.block) * self.elements], "int32" if self.dots else "float32")
 
-    def tile(self, rows: Any) -> Any:
-        """Scratch of one thread: sums of one panel."""
-        return scratch([rows + self.block, self.layout.width])
-
-    def multiply(self, blocks: Any, w: Any, lead: list[Any], p: Any, base: Any, rows: Any, tile: Any) -> None:
+    def multiply(self, blocks: Any, w: Sequence[Any], lead: list[Any], p: Any, base: Any, rows: Any, tile: Any) -> None:
         """Emit: tile[:rows] = the product of `rows` rows of blocks, from row `base` on, and panel p."""
+        (w,) = w
         runs, at_once, vectors = self.elements // RUN, self.depth_at_once, self.layout.vectors
         v = Vector(self.target.lanes)
         divided = at_once < runs
@@ -192,63 +180,11 @@ class Product:
         with loop(0, -(-runs // at_once)) as part:
             lo = T.bind(part * at_once)
             hi = T.bind(T.min(lo + at_once, T.int64(runs)))
-            with loop(0, T.floordiv(rows + (self.block - 1), T.int64(self.block))) as b:
-                first = T.bind(b * self.block)
-                left = T.bind(rows - first)
 
-                def case(size: int, first: Any = first, lo: Any = lo, hi: Any = hi) -> Callable[[], None]:
-                    return lambda: micro(size, base + first, first, lo, hi)
+            def case(size: int, first: Any, lo: Any = lo, hi: Any = hi) -> None:
+                micro(size, base + first, first, lo, hi)
 
-                choose([(left <= size, case(size)) for size in self.sizes[:-1]], case(self.block))
-
-    def store(self, tile: Any, p: Any, rows: Any, target_row: Callable[[Any], Any], y: Any, bias: Any, residual: Any,
-              lead: list[Any]) -> None:  # fmt: skip
-        """Emit the epilogue of a panel: tile[:rows] to y."""
-        layout, epilogue = self.layout, self.epilogue
-        out_columns = self.columns // 2 if epilogue.gate else self.columns
-        out_width = layout.width // 2 if epilogue.gate else layout.width
-
-        def finish(v: Vector, r: Any, row: Any, offset: Any) -> None:
-            column = T.bind(p * out_width + offset)
-            value = v.load(tile, [r, offset])
-            if epilogue.bias:
-                value = T.bind(value + v.load(bias, [*lead, column]))
-            if epilogue.gate:
-                other = v.load(tile, [r, offset + out_width])
-                if epilogue.bias:
-                    other = T.bind(other + v.load(bias, [*lead, column + out_columns]))
-                value = T.bind(_GATES[epilogue.gate](v, value) * other)
-            if epilogue.residual:
-                value = T.bind(value + v.load(residual, [row, column]))
-            v.store(y, value, [row, column])
-
-        full, rest = divmod(out_columns, out_width)
-
-        def whole() -> None:
-            with loop(0, rows) as r:
-                row = T.bind(target_row(r))
-                for offset, width in chunks_of(out_width, self.target.lanes):
-                    finish(Vector(width), r, row, T.int64(offset))
-
-        def partial() -> None:
-            with loop(0, rows) as r:
-                row = T.bind(target_row(r))
-                with loop(0, rest) as offset:
-                    finish(Vector(1), r, row, offset)
-
-        if rest and full:
-            choose([(p < full, whole)], partial)
-        else:
-            (partial if rest else whole)()
-
-    def panels_at_once(self) -> int:
-        """Panels that a thread draws at once: enough to make drawing cheap, few enough to share out evenly."""
-        size = self.elements * self.layout.width * (4 if self.weight == "float32" or self.dots else 2)
-        return max(1, min((64 << 10) // size, self.layout.count // 16))
-
-
-def chunks_of(size: int, lanes: int) -> list[tuple[int, int]]:
-    return [(offset, min(lanes, size)) for offset in range(0, size, lanes)]
+            self.by_block(rows, case)
 
 
 def matmul(
@@ -274,56 +210,12 @@ def matmul(
       bias [columns] epilogue.bias, if there is one; residual [n, columns_out] epilogue.residual, if there is one;
       y [n, columns_out] out, where columns_out is columns, or columns // 2 with a gate. n may be 0.
     """
-    epilogue = epilogue or Epilogue()
-    product = Product(target, columns, depth, weight, activation, epilogue)
-    layout = product.layout
-    out = out or activation
-    out_columns = columns // 2 if epilogue.gate else columns
-    params: list = [("x", ("n", depth), activation), ("w", layout.shape, weight)]
-    if epilogue.bias:
-        params.append(("bias", (columns,), epilogue.bias))
-    if epilogue.residual:
-        params.append(("residual", ("n", out_columns), epilogue.residual))
-    params.append(("y", ("n", out_columns), out))
-    block, at_once, step = product.block, product.rows_at_once, product.panels_at_once()
-    draws = -(-layout.count // step)
-
-    def body(symbols: dict, x: Any, w: Any, *rest: Any) -> None:
-        n = symbols["n"]
-        arguments = [bits(b) for b in rest]
-        y = arguments.pop()
-        residual = arguments.pop() if epilogue.residual else None
-        bias = arguments.pop() if epilogue.bias else None
-        x = bits(x)
-        blocks = product.blocks(n)
-
-        def copy(b: Any) -> None:
-            base = T.bind(b * block)
-            product.copy_block(x, blocks, lambda r: base + r, base, T.bind(T.min(n - base, T.int64(block))))
-
-        def serial() -> None:
-            with when(n > 0):
-                copy(T.int64(0))
-
-        def parallel() -> None:
-            with T.parallel(T.int64(0), T.floordiv(n + (block - 1), T.int64(block))) as b:
-                copy(b)
-
-        choose([(n <= block, serial)], parallel)
-
-        # Every pass over the weight serves equally many rows: a short last one would read it all for little.
-        passes = opaque(T.floordiv(n + (at_once - 1), T.int64(at_once)))
-        blocks_at_once = T.floordiv(n + (block * passes - 1), T.max(block * passes, T.int64(1)))
-        rows_at_once = opaque(blocks_at_once * block)
-
-        def work(item: Any, tile: Any) -> None:
-            base = opaque(T.floordiv(item, T.int64(draws)) * rows_at_once)
-            rows = opaque(T.min(n - base, rows_at_once))
-            first = T.bind(T.floormod(item, T.int64(draws)) * step)
-            with loop(first, T.min(first + step, T.int64(layout.count))) as p:
-                product.multiply(blocks, w, [], p, base, rows, tile)
-                product.store(tile, p, rows, lambda r: base + r, y, bias, residual, [])
-
-        share_out(passes * draws, work, lambda: product.tile(T.min(n, T.int64(at_once))))
-
-    return kernel(name, params, body, target)
+    product = FloatProduct(
+        target=target,
+        columns=columns,
+        depth=depth,
+        weight=weight,
+        activation=activation,
+        epilogue=epilogue or Epilogue(),
+    )
+    return matmul_kernel(product, out or activation, name)

@@ -227,8 +227,8 @@ class Vector:
         rounded = T.shift_right(bits + even + u(0x7FFF), u(16))
         return T.Select(value == value, rounded, u(0x7FC0))
 
-    def register(self, value: Any = None) -> "Register":
-        return Register(self, value)
+    def register(self, value: Any = None, dtype: str = "float32") -> "Register":
+        return Register(self, value, dtype)
 
     def keep(self, value: Any) -> Any:
         """A bound vector that TVM's simplifier can't see through (see `opaque`)."""
@@ -291,14 +291,14 @@ class Vector:
 class Register:
     """A vector that can be assigned: a small local buffer, which LLVM keeps in a vector register."""
 
-    def __init__(self, vector: Vector, value: Any = None):
-        self.vector = vector
-        self.buffer = T.alloc_buffer((vector.lanes,), "float32")
+    def __init__(self, vector: Vector, value: Any = None, dtype: str = "float32"):
+        self.vector, self.dtype = vector, vector.dtype(dtype)
+        self.buffer = T.alloc_buffer((vector.lanes,), dtype)
         if value is not None:
             self.set(value)
 
     def get(self) -> Any:
-        return self.buffer.vload([0], self.vector.f32)
+        return self.buffer.vload([0], self.dtype)
 
     def set(self, value: Any) -> None:
         self.vector.write(self.buffer, value, [0])

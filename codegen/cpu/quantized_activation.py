@@ -1,0 +1,63 @@
+"""Activations become whole numbers, a group at a time: N = round(x · M / max|x|), to the nearest, ties to even.
+
+With M = 127 these are the numbers of `llmc.ir.quantized.round_activation`, bit for bit.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from .vector import Vector, chunks, loop
+
+
+def largest(x: Any, row: Any, start: Any, size: int, lanes: int, units: float) -> tuple[Any, Any]:
+    """(M / max|x|, max|x| / M) of x[row, start : start + size], M = units; a group of zeros has the maximum 1.
+
+    An infinity or a NaN makes the second what makes a product with it NaN.
+    """
+    wide = Vector(lanes)
+    most = wide.register(wide.iconst(0), "int32")
+    few = Vector(1).register(T.int32(0), "int32")
+
+    def larger(at: Any, width: int) -> None:
+        # As whole numbers, magnitudes compare as they do as floats, with infinity above them and NaN above all.
+        v = Vector(width)
+        magnitude = T.bind(T.bitwise_and(T.reinterpret(v.i32, v.load(x, [row, start + at])), v.iconst(0x7FFFFFFF)))
+        if width == lanes:
+            most.set(T.max(most.get(), magnitude))
+        else:
+            few.set(T.max(few.get(), reduce(v, "smax", magnitude)))
+
+    pieces(size, lanes, larger)
+    bound = T.bind(T.max(few.get(), reduce(wide, "smax", most.get())) if size >= lanes else few.get())
+    safe = T.bind(T.Select(bound > 0, T.reinterpret("float32", bound), T.float32(1)))
+    return T.bind(T.float32(units) / safe), T.bind(safe * T.float32(1 / units))
+
+
+def whole(v: Vector, x: Any, factor: Any) -> Any:
+    """round(x · factor) in int32 lanes, for |x · factor| < 2**22.
+
+    1.5 · 2**23 is so large that a sum with it has no fraction, and its bits count in ones from there.
+    """
+    near = T.bind(T.bind(x * v.broadcast(factor)) + v.const(12582912.0))
+    return T.bind(T.reinterpret(v.i32, near) - v.iconst(0x4B400000))
+
+
+def reduce(v: Vector, how: str, value: Any) -> Any:
+    """The lanes of an int32 vector as one: how is "add" or "smax"."""
+    return value if v.lanes == 1 else T.bind(T.call_llvm_intrin("int32", f"llvm.vector.reduce.{how}", value))
+
+
+def pieces(size: int, lanes: int, emit: Callable[[Any, int], None]) -> None:
+    """Emit emit(offset, width) over `size` elements: whole vectors, ever smaller ones, single elements from 3 down."""
+    full = size // lanes
+    if full > 4:
+        with loop(0, full) as i:
+            emit(i * lanes, lanes)
+    else:
+        for i in range(full):
+            emit(T.int64(i * lanes), lanes)
+    for offset, width in chunks(size % lanes, lanes):
+        for at, one in [(offset, width)] if width >= 4 else [(offset + i, 1) for i in range(width)]:
+            emit(T.int64(full * lanes + at), one)
