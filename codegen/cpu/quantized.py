@@ -66,14 +66,14 @@ def expert_linear(
     out: str | None = None,
     rounded: int | None = None,
     ids: str = "int32",
-    epilogue: Epilogue | None = None,
+    bias: str | None = None,
     name: str = "expert_linear",
 ) -> tvm.tirx.PrimFunc:
     """y[s] = epilogue(x[s] @ W[ids[s]]^T), W [experts, columns, depth]: expert_linear(x, *packed, ids, (bias,) y).
 
-    As `matmul`; weights of experts that no row picked are not read.
+    As `matmul`; bias: its dtype [experts, columns]. Weights of experts that no row picked are not read.
     """
-    product = _product(target, columns, depth, format, activation, rounded, epilogue)
+    product = _product(target, columns, depth, format, activation, rounded, Epilogue(bias=bias))
     return expert_kernel(product, experts, ids, out or activation, name)
 
 

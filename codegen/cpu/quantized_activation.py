@@ -38,9 +38,10 @@ def largest(x: Any, row: Any, start: Any, size: int, lanes: int, units: float) -
 def whole(v: Vector, x: Any, factor: Any) -> Any:
     """round(x · factor) in int32 lanes, for |x · factor| < 2**22.
 
-    1.5 · 2**23 is so large that a sum with it has no fraction, and its bits count in ones from there.
+    The bits of a sum with 1.5 · 2**23 count in ones from there, whatever x is; a conversion of NaN would be undefined.
+    The sum alone would round too, but as one multiply-add, which sees what the product's own rounding drops.
     """
-    near = T.bind(T.bind(x * v.broadcast(factor)) + v.const(12582912.0))
+    near = T.bind(v.rint(x * v.broadcast(factor)) + v.const(12582912.0))
     return T.bind(T.reinterpret(v.i32, near) - v.iconst(0x4B400000))
 
 
