@@ -244,6 +244,20 @@ def _pad(recipe, x, value, start, stop):
     return np.pad(inner, widths, constant_values=np.array(fill).astype(inner.dtype)) if widths.any() else inner
 
 
+def _strided_slice(recipe, x, value, start, stop):
+    """Slices of constant bounds that leave axis 0 whole."""
+    if len(value.args) < 4 or not all(isinstance(a, relax.Tuple) for a in value.args[1:]):
+        return None
+    axes, begin, end, *strides = ([int(f.value) for f in a.fields] for a in value.args[1:])
+    rank = len(x.ty.shape)
+    cut = [slice(None)] * rank
+    for i, axis in enumerate(axes):
+        cut[axis % rank] = slice(begin[i], end[i], strides[0][i] if strides else 1)
+    if cut[0] != slice(None):
+        return None
+    return recipe.rows(value.args[0], start, stop)[tuple(cut)]
+
+
 def _astype(recipe, x, value, start, stop):
     numbers = _numbers(recipe.rows(value.args[0], start, stop), _type(value.args[0])[1])
     return _carried(numbers.astype(numpy_dtype(_type(x)[1])))
@@ -269,10 +283,15 @@ _RULES = {
     "expand_dims": _reshape,
     "squeeze": _reshape,
     "concat": _concat,
+    "strided_slice": _strided_slice,
     "nn.pad": _pad,
     "astype": _astype,
     "add": _elementwise(np.add),
     "subtract": _elementwise(np.subtract),
     "multiply": _elementwise(np.multiply),
     "negative": _elementwise(np.negative),
+    "bitwise_and": _elementwise(np.bitwise_and),
+    "bitwise_or": _elementwise(np.bitwise_or),
+    "left_shift": _elementwise(np.left_shift),
+    "right_shift": _elementwise(np.right_shift),
 }

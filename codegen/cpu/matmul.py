@@ -122,13 +122,13 @@ class FloatProduct(Product):
 
     def multiply(self, blocks: Any, w: Sequence[Any], lead: list[Any], p: Any, base: Any, rows: Any, tile: Any) -> None:
         """Emit: tile[:rows] = the product of `rows` rows of blocks, from row `base` on, and panel p."""
-        (w,) = w
+        [weight] = w
         runs, at_once, vectors = self.elements // RUN, self.depth_at_once, self.layout.vectors
         v = Vector(self.target.lanes)
         divided = at_once < runs
         pairs: Any = None
         if self.weight == "bfloat16":
-            pairs = T.decl_buffer(tuple(w.shape)[:-1], "int32", data=w.data)
+            pairs = T.decl_buffer(tuple(weight.shape)[:-1], "int32", data=weight.data)
         if divided:
             with loop(0, -(-rows // self.block) * self.block) as r:
                 for j in range(vectors):
@@ -141,7 +141,7 @@ class FloatProduct(Product):
                 if self.dots:
                     found.append([T.bind(pairs.vload([*lead, p, element, j, 0], v.i32))])
                 else:
-                    found.append([v.load(w, [*lead, p, element, j, 0])])
+                    found.append([v.load(weight, [*lead, p, element, j, 0])])
             return found
 
         def step(x: Callable[[int, Any, int], Any], sums: list, run: Any) -> None:

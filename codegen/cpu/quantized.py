@@ -139,7 +139,13 @@ def _product(
     epilogue = epilogue or Epilogue()
     if epilogue.gate:
         raise CompileError(f"{target.name} has no kernels for gated products of quantized weights, found {format}")
-    shape = {"target": target, "columns": columns, "depth": depth, "activation": activation, "epilogue": epilogue}
+    shape: dict[str, Any] = {
+        "target": target,
+        "columns": columns,
+        "depth": depth,
+        "activation": activation,
+        "epilogue": epilogue,
+    }
     if takes(target, depth, format, rounded):
         return DotProduct(**shape, format=format, rounded=rounded)
     return DequantizingProduct(**shape, format=format, rounded=rounded)

@@ -101,3 +101,34 @@ def test_a_source_may_be_a_number():
     made = recipe(lambda emit, a: R.reshape(emit(R.exp(a)), [1]), a=number)
     (found,) = Recipe(made, {"a": Array(number)}).slices()
     assert found.tolist() == [np.exp(np.float32(0.5))]
+
+
+@pytest.mark.parametrize("size", [1, 60, 1 << 20])
+def test_nibbles_are_joined_a_slice_at_a_time(size, monkeypatch):
+    """Codes of 4 bits, as panels of a CPU hold them: no op but those that have rules."""
+    from llmc.codegen.cpu.quantized import pack
+    from llmc.ir.quantized import Format
+    from llmc.targets import parse
+
+    [target] = parse("cpu:x86-64-v3")
+    codes, scales = RNG.integers(0, 16, (40, 16), "uint8"), RNG.standard_normal((40, 2)).astype("float16")
+    monkeypatch.setattr(Recipe, "_fallback", lambda self, value: pytest.fail(f"no rule for {value}"))
+
+    def packed(which):
+        make = lambda emit, c, s: pack(target, emit, [c, s], 40, 16, Format(4, 8, offset=8))[which]  # noqa: E731
+        found = Recipe(recipe(make, c=codes, s=scales), {"c": Array(codes), "s": Array(scales)})
+        return np.concatenate(list(found.slices(size)))
+
+    rows = np.zeros((48, 16), "uint8")  # 3 panels of 2 vectors of 8 columns
+    rows[:40] = codes
+    pairs = rows.reshape(3, 2, 8, 2, 2, 4)
+    expected = (pairs[..., 0, :] | pairs[..., 1, :] << 4).transpose(0, 3, 1, 2, 4)
+    assert (packed(0) == expected).all()
+    wide = np.zeros((48, 2), "float16")
+    wide[:40] = scales
+    assert (packed(1) == wide.reshape(3, 2, 8, 2).transpose(0, 3, 1, 2)).all()
+
+
+def test_a_slice_of_rows_is_cut_from_the_whole():
+    made = Recipe(recipe(lambda emit, a: R.strided_slice(a, [0, 1], [1, 2], [5, 8], [2, 3]), a=A), {"a": Array(A)})
+    assert (np.concatenate(list(made.slices(1))).view(ml_dtypes.bfloat16) == A[1:5:2, 2:8:3]).all()
