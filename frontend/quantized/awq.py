@@ -19,8 +19,8 @@ from llmc.frontend.quantized.tensor import regroup
 from llmc.ir.errors import SourceError
 from llmc.ir.quantized import Format
 
-# In the word the outputs lie in the order 0, 2, 4, 6, 1, 3, 5, 7: output j is found at _NIBBLES[j].
-_NIBBLES = np.argsort([0, 2, 4, 6, 1, 3, 5, 7])
+# In the word the outputs lie in the order 0, 2, 4, 6, 1, 3, 5, 7: output j is found at _PLACES[j].
+_PLACES = np.argsort([0, 2, 4, 6, 1, 3, 5, 7])
 FLOATS = ("float16", "bfloat16", "float32")
 
 
@@ -44,7 +44,7 @@ def _gemm(source: Source, module: str, size: int) -> None:
     groups = -(-depth // block)
     scales = source.take(f"{module}.scales", (groups, columns), FLOATS)
     zeros = source.take(f"{module}.qzeros", (groups, words.shape[1]), ("int32",))
-    codes, zeros = packing.across(words, 4, _NIBBLES), packing.across(zeros, 4, _NIBBLES)
+    codes, zeros = (packing.across(each, 4, columns, places=_PLACES) for each in (words, zeros))
     _put(source, module, codes, scales.transpose(0, 1), zeros, block)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from llmc.frontend.quantized import packing
 from llmc.frontend.quantized.source import INSTEAD, Source
 from llmc.frontend.quantized.tensor import Computed, regroup
-from llmc.frontend.weights import LazyTensor, Stored
+from llmc.frontend.weights import LazyTensor
 from llmc.ir.errors import SourceError
 from llmc.ir.quantized import TABLES, Format
 
@@ -82,8 +82,14 @@ def _scales(source: Source, name: str, blocks: int, nested: tuple[int, float] | 
     size, offset = nested
     codes = source.take(f"{name}.absmax", (blocks,), ("uint8",))
     values = source.take(f"{name}.nested_quant_map", (256,), ("float32",)).read()
-    of_blocks = source.take(f"{name}.nested_absmax", (-(-blocks // size),), ("float32",)).read()
-    return Stored(values[codes.read()] * of_blocks[np.arange(blocks) // size] + np.float32(offset))
+    of_blocks, add = source.take(f"{name}.nested_absmax", (-(-blocks // size),), ("float32",)), np.float32(offset)
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        runs = np.arange(start, stop) // size
+        first = start // size
+        return values[codes.read(start, stop)] * of_blocks.read(first, -(-stop // size))[runs - first] + add
+
+    return Computed((blocks,), "float32", rows)
 
 
 def _of_rows(scales: LazyTensor, block: int, columns: int, depth: int) -> tuple[LazyTensor, int]:

@@ -21,6 +21,7 @@ import numpy as np
 from llmc.frontend.quantized import fp8, mxfp4, packing, scales
 from llmc.frontend.quantized.gptq import BITS, input_order
 from llmc.frontend.quantized.source import INSTEAD, Source
+from llmc.frontend.quantized.tensor import Computed
 from llmc.frontend.weights import LazyTensor, Stored
 from llmc.ir.errors import SourceError
 from llmc.ir.quantized import Format
@@ -113,12 +114,12 @@ def _zeros(module: str, stored: LazyTensor | None, bits: int, columns: int, grou
     if stored is None:
         raise SourceError(f"{name}: expected this part of a quantized weight, found no such tensor")
     if stored.dtype == "int8" and stored.shape == (columns, groups):
-        middle = 1 << (bits - 1)
-        return Stored((stored.read().astype(np.int16) + middle).astype(np.uint8))
+        middle = np.uint8(1 << (bits - 1))
+        return Computed(stored.shape, "uint8", lambda start, stop: stored.read(start, stop).view(np.uint8) + middle)
     expected = (-(-columns * bits // 32), groups)
     if (stored.dtype, stored.shape) != ("int32", expected):
         raise SourceError(f"{name}: expected int32 {list(expected)}, found {stored.dtype} {list(stored.shape)}")
-    return Stored(np.ascontiguousarray(packing.unpack(stored.read().T, bits)[:, :columns].T))
+    return packing.down(stored, bits, columns)
 
 
 def _integers(source: Source, module: str, weights: Mapping[str, Any], activation: int | None) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from llmc.frontend.quantized import packing
 from llmc.frontend.quantized.source import INSTEAD, Source, group_of
-from llmc.frontend.quantized.tensor import regroup
+from llmc.frontend.quantized.tensor import Computed, regroup
 from llmc.frontend.weights import LazyTensor, Stored
 from llmc.ir.errors import SourceError
 from llmc.ir.quantized import Format
@@ -60,14 +60,23 @@ def _linear(source: Source, module: str, bits: int, size: int, first: int) -> No
     inputs = None if members is None else input_order(f"{module}.g_idx", members, block, depth)
     order = None if inputs is None else Stored(inputs.astype(np.int32))
 
-    zeros = _zeros(packed, bits, columns, first)
-    middle = 1 << (bits - 1)
-    symmetric = bool((zeros.read() == middle).all())
     scales, group = regroup(scales.transpose(0, 1), block, depth)
     codes = packing.along_columns(words, bits, inputs)
-    format = Format(bits, group, scales.dtype, zeros=not symmetric, offset=middle if symmetric else 0)
-    parts = [codes, scales] if symmetric else [codes, scales, regroup(zeros, block, depth)[0]]
+    middle = 1 << (bits - 1)
+    if _all_are(packed, bits, columns, middle - first):
+        format, parts = Format(bits, group, scales.dtype, offset=middle), [codes, scales]
+    else:
+        zeros, _ = regroup(_zeros(packed, bits, columns, first), block, depth)
+        format, parts = Format(bits, group, scales.dtype, zeros=True), [codes, scales, zeros]
     source.put(f"{module}.weight", format, parts, order=order)
+
+
+def _all_are(packed: LazyTensor, bits: int, columns: int, code: int) -> bool:
+    """Whether packed zero points [groups, o * bits / 32] are one and the same."""
+    stream = np.unpackbits(np.full(columns, code, np.uint8)[:, None], axis=1, bitorder="little")[:, :bits]
+    words = np.zeros(packed.shape[1] * 32, np.uint8)
+    words[: stream.size] = stream.reshape(-1)
+    return bool((packed.read() == np.packbits(words, bitorder="little").view(np.int32)).all())
 
 
 def _zeros(packed: LazyTensor, bits: int, columns: int, first: int) -> LazyTensor:
@@ -76,14 +85,11 @@ def _zeros(packed: LazyTensor, bits: int, columns: int, first: int) -> LazyTenso
     Where a zero point of 0 was packed as -1, the word as a whole was decreased (GPTQModel's conversion of layouts), so
     it is increased as a whole; 3 bits lie across words and are increased one by one.
     """
-    words = packed.read()
-    if first and 32 % bits == 0:
+    if 32 % bits == 0:
         ones = sum(1 << at for at in range(0, 32, bits))
-        words = (words.view(np.uint32) + np.uint32(ones)).view(np.int32)
-    codes = packing.unpack(words, bits)[:, :columns]
-    if first and 32 % bits:
-        codes = (codes + 1) & ((1 << bits) - 1)
-    return Stored(np.ascontiguousarray(codes.T))
+        return packing.across(packed, bits, columns, plus=first * ones)
+    codes, most = packing.across(packed, bits, columns), (1 << bits) - 1
+    return Computed(codes.shape, "uint8", lambda start, stop: (codes.read(start, stop) + first) & most)
 
 
 def input_order(name: str, members: LazyTensor, block: int, depth: int) -> np.ndarray | None:

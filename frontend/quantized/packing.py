@@ -1,5 +1,7 @@
 """Codes in words: what checkpoints store as int32 or bytes, taken apart into one byte a code."""
 
+import math
+
 import numpy as np
 
 from llmc.frontend.quantized.tensor import Computed
@@ -59,17 +61,42 @@ def unsigned(tensor: LazyTensor) -> LazyTensor:
     return Computed(tensor.shape, "uint8", lambda start, stop: tensor.read(start, stop).view(np.uint8) ^ 128)
 
 
-def across(words: LazyTensor, bits: int, nibbles: np.ndarray) -> LazyTensor:
-    """Codes [o, n] of words [n, o * bits / 32], each of which holds codes of neighbouring outputs.
+def across(
+    words: LazyTensor, bits: int, columns: int, *, places: np.ndarray | None = None, plus: int = 0
+) -> LazyTensor:
+    """Codes [o, n] of words [n, o * bits / 32], whose rows hold the codes of neighbouring outputs.
 
-    nibbles [32 / bits]: where in its word the code of each of these outputs lies, in codes from the lowest bits.
+    columns: o. places: array [32 / bits], where in its word the code of each of its outputs lies, in codes from the lowest
+    bits; by default in their own order. plus: what is added to every word first.
     """
-    each = 32 // bits
 
     def rows(start: int, stop: int) -> np.ndarray:
-        low, high = start // each, -(-stop // each)
-        codes = unpack(words.narrow(1, low, high).read(), bits)
-        codes = codes.reshape(len(codes), -1, each)[..., nibbles].reshape(len(codes), -1)
-        return np.ascontiguousarray(codes[:, start - low * each : stop - low * each].T)
+        low, high, first = _span(start, stop, bits, words.shape[1])
+        found = words.narrow(1, low, high).read()
+        if plus:
+            found = (found.view(np.uint32) + np.uint32(plus)).view(np.int32)
+        codes = unpack(found, bits)
+        if places is not None:
+            codes = codes.reshape(len(codes), -1, len(places))[..., places].reshape(len(codes), -1)
+        return np.ascontiguousarray(codes[:, start - first : stop - first].T)
 
-    return Computed((words.shape[1] * each, words.shape[0]), "uint8", rows)
+    return Computed((columns, words.shape[0]), "uint8", rows)
+
+
+def down(words: LazyTensor, bits: int, columns: int) -> LazyTensor:
+    """Codes [o, n] of words [o * bits / 32, n], whose columns hold the codes of neighbouring outputs."""
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        low, high, first = _span(start, stop, bits, words.shape[0])
+        codes = unpack(words.read(low, high).T, bits)
+        return np.ascontiguousarray(codes[:, start - first : stop - first].T)
+
+    return Computed((columns, words.shape[1]), "uint8", rows)
+
+
+def _span(start: int, stop: int, bits: int, words: int) -> tuple[int, int, int]:
+    """(first word, last word + 1, the code that the first one begins with) of words that hold codes start … stop-1."""
+    codes = 32 // math.gcd(32, bits)  # after so many a code begins with a word again
+    each = codes * bits // 32
+    low, high = start // codes, -(-stop // codes)
+    return low * each, min(high * each, words), low * codes
