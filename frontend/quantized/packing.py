@@ -66,8 +66,8 @@ def across(
 ) -> LazyTensor:
     """Codes [o, n] of words [n, o * bits / 32], whose rows hold the codes of neighbouring outputs.
 
-    columns: o. places: array [32 / bits], where in its word the code of each of its outputs lies, in codes from the lowest
-    bits; by default in their own order. plus: what is added to every word first.
+    columns: o. places [32 / bits]: where in its word the code of each of its outputs lies, counted in codes from the
+    lowest bits; by default in their own order. plus: what is added to every word first.
     """
 
     def rows(start: int, stop: int) -> np.ndarray:
