@@ -17,7 +17,7 @@ _HOMES = {
     "compile": "llmc.compiler",
     "inspect": "llmc.inspection",
     "load": "llmc.runtime.model",
-    "schemes": "llmc.inspection",
+    "schemes": "llmc.quantization",
     "verify": "llmc.verification",
 }
 __all__ = [*_HOMES, "__version__", "targets"]

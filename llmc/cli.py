@@ -34,6 +34,7 @@ def print_json(value: Any) -> None:
     "llmc compile Qwen3-0.6B/model.safetensors\n\n"
     "llmc compile Qwen/Qwen3-0.6B --target cpu -o qwen.llmc --max-context 8192\n\n"
     "llmc compile llama/ --target cuda:sm_90,rocm:gfx942,metal --host linux-x86_64\n\n"
+    "llmc compile llama/ --quantize int4\n\n"
     "llmc compile llama/ --verify --dump passes/"
 )
 def compile(
@@ -46,7 +47,13 @@ def compile(
     host: Annotated[
         str | None, typer.Option(help="Machine beside the GPU: linux-x86_64, linux-aarch64, macos-arm64.")
     ] = None,
-    quantize: Annotated[str | None, typer.Option(help="Name of a quantization scheme.")] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="A scheme (llmc.schemes() lists them): int4, int8, int4-g64:head=int8, …; head= is for embedding and "
+            "output head, by default int8 where the scheme has fewer than 8 bits, head=none leaves them."
+        ),
+    ] = None,
     kv_cache: Annotated[
         str | None, typer.Option(help="Cache dtype: int8 or fp8; default: the activations' dtype.")
     ] = None,

@@ -21,7 +21,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 CACHES = ("int8", "fp8")
 # What the contract has and this version does not: asked for, it is refused by name.
 NOT_YET = {
-    "quantize": "quantization schemes",
     "calibrate": "calibrated quantization",
     "quality": "quality reports of quantized models",
 }
@@ -53,6 +52,9 @@ def compile(
                 "metal", "cuda:sm_90", "cuda:native" (this machine's card); several joined by commas or as a list
     host        the system that will load the code for a GPU: linux-x86_64, linux-aarch64 or macos-arm64; default: this
                 machine; metal implies macos-arm64
+    quantize    a scheme that llmc.schemes() lists, such as "int4" or "int4-g64:head=int8": what follows head= is for
+                embedding and output head (none: as they are; default: int8 where the scheme has fewer than 8 bits).
+                None: the checkpoint's own numbers; one that is quantized already stays so
     output      folder to write; default: NAME.llmc in the working directory. Work in progress stands beside it in
                 NAME.llmc.partial, is resumed if its inputs agree, and becomes the artifact by one rename at the end
     overwrite   replace an existing artifact; without it an existing one is refused
@@ -68,11 +70,15 @@ def compile(
 
     Raises CompileError (stage, pass_name and op say where) for everything that is refused or goes wrong.
     """
-    for name, value in (("quantize", quantize), ("calibrate", calibrate), ("quality", quality)):
+    for name, value in (("calibrate", calibrate), ("quality", quality)):
         if value is not None:
             raise CompileError(f"{name}={value!r}: {NOT_YET[name]} are not in this version yet; leave {name} out")
     if weights not in ("load", "random"):
         raise CompileError(f"weights={weights!r}: expected 'load' or 'random'")
+    if quantize is not None:
+        from llmc import quantization
+
+        quantization.parse(quantize)
     if dtype is not None and dtype not in DTYPES:
         raise CompileError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
     if kv_cache is not None and kv_cache not in CACHES:
@@ -83,7 +89,7 @@ def compile(
     output = Path(output) if output is not None else Path(f"{model_name(source)}.llmc")
     if output.exists() and not overwrite:
         raise CompileError(f"{output} exists already: give overwrite=True (--overwrite) or another output (-o)")
-    request = Request(source, _targets(target, host), max_context, dtype, verify, dump, weights, kv_cache)
+    request = Request(source, _targets(target, host), max_context, dtype, verify, dump, weights, kv_cache, quantize)
     with reporting(progress) as report, _disk_errors(output):
         return _build(request, output, report)
 
@@ -100,6 +106,7 @@ class Request:
     dump: str | Path | None
     weights: str = "load"
     kv_cache: str | None = None
+    quantize: str | None = None
 
 
 def _build(request: Request, output: Path, report: Progress) -> Path:
@@ -120,7 +127,8 @@ def _build(request: Request, output: Path, report: Progress) -> Path:
         name=model_name(request.source),
         model=imported.facts
         | {"notes": [*imported.facts["notes"], *dtype_notes(programs, imported.facts)]}
-        | {"kv_cache": request.kv_cache},
+        | {"kv_cache": request.kv_cache}
+        | quantization_facts(imported, recipes),
         targets=tuple(entries),
         weights=artifact.WeightsEntry(**weights),
         llmc=llmc.__version__,
@@ -172,20 +180,22 @@ def compute_dtypes(request: Request) -> list[str]:
 
 
 def open_door(request: Request):
-    """The imported form of the source, with its weights, facts and files."""
+    """The imported form of the source, with its weights (encoded, where they are to be quantized), facts and files."""
     suffix = Path(request.source).suffix
     if suffix in (".pt2", ".onnx"):
         raise SourceError(f"{request.source}: {suffix} files are not read yet; give a Hugging Face folder")
+    from llmc import quantization
     from llmc.frontend import huggingface
 
-    return huggingface.load(
+    imported = huggingface.load(
         request.source, dtype=request.dtype, max_context=request.max_context, weights=request.weights
     )
+    return quantization.prepare(imported, request.quantize)
 
 
 def lower(imported, target, request: Request, report: Progress) -> Program:
     """The imported form to kernels for one target."""
-    from llmc import codegen
+    from llmc import codegen, quantization
     from llmc.ir.debug import debug_level, log
     from llmc.ir.text import text
     from llmc.passes import manager
@@ -193,7 +203,13 @@ def lower(imported, target, request: Request, report: Progress) -> Program:
     from llmc.passes.pipeline import PIPELINE
 
     facts = imported.facts
-    goal = Goal(target, dtype=facts["dtype"], max_context=facts["max_context"], kv_cache=request.kv_cache)
+    goal = Goal(
+        target,
+        dtype=facts["dtype"],
+        max_context=facts["max_context"],
+        schemes=quantization.plan_of(imported).schemes,
+        kv_cache=request.kv_cache,
+    )
     stages: tuple[Any, ...] = (*PIPELINE, codegen.KERNELS)
     count = sum(len(stage.passes) for stage in stages)
     hooks: list[Any] = [lambda index, current, before, after: report("passes", index / count)]
@@ -301,6 +317,17 @@ def _files(work: Work, files: dict[str, bytes]) -> dict[str, str]:
     return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
+def quantization_facts(imported: Any, recipes: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest says of quantized weights; nothing where there are none."""
+    from llmc import quantization
+
+    plan = quantization.plan_of(imported)
+    if not plan.schemes:
+        return {}
+    used = {str(name) for recipe in recipes.values() for name in recipe.function.attrs["llmc.sources"]}
+    return {"quantization": plan.facts(imported.weights, used)}
+
+
 def memory_facts(programs: list[Program], recipes: dict[str, Any]) -> dict[str, int]:
     """What running will take, in bytes: the weights, and the cache for each token of a sequence."""
     from llmc.runtime.weights import Spec
@@ -382,10 +409,11 @@ def _inputs_digest(request: Request, imported) -> str:
     own = Path(__file__).parents[1]
     code = sorted(
         (str(file.relative_to(own)), file.stat().st_size, file.stat().st_mtime_ns)
-        for room in ("llmc", "frontend", "ir", "passes", "codegen", "targets", "runtime")
+        for room in ("llmc", "frontend", "ir", "passes", "codegen", "quality", "targets", "runtime")
         for file in (own / room).rglob("*.py")
     )
-    options = [str(request.targets), request.max_context, request.dtype, request.weights, request.kv_cache]
+    options = [str(request.targets), request.max_context, request.dtype, request.weights]
+    options += [request.kv_cache, request.quantize]
     digest = hashlib.sha256(json.dumps([llmc.__version__, code, options, imported.origin]).encode())
     return digest.hexdigest()
 

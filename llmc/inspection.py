@@ -33,6 +33,7 @@ class ArtifactReport:
             f"hidden size {model.get('hidden_size')}, vocabulary {model.get('vocab_size')}, "
             f"up to {model.get('max_context')} tokens",
             f"dtype     {model.get('dtype')} activations over {model.get('checkpoint_dtype')} weights",
+            *_quantization(model.get("quantization")),
             f"memory    weights {_size(manifest.memory['weights_bytes'])}, "
             f"cache {_size(manifest.memory['cache_bytes_per_token'])} a token{_cache_words(model)}",
         ]
@@ -73,6 +74,18 @@ def _cache_words(model: dict[str, Any]) -> str:
     """How keys and values are cached, where not as they are."""
     kind = model.get("kv_cache")
     return f", in {kind} with a float32 scale for each token's head" if kind else ""
+
+
+def _quantization(facts: dict[str, Any] | None) -> list[str]:
+    """How weights are quantized, and which are not, and why."""
+    if not facts:
+        return []
+    formats = ", ".join(f"{len(names)} in {format}" for format, names in facts["formats"].items())
+    lines = [f"quantized {facts['scheme']}: {facts['bits_per_weight']:.3g} bits a weight; {formats}"]
+    for reason, names in facts["kept"].items():
+        shown = ", ".join(names[:3]) + (", …" if names[3:] else "")
+        lines.append(f"  kept    {len(names)} as they are ({reason}): {shown}")
+    return lines
 
 
 def _resources(entry: artifact.TargetEntry) -> list[str]:
@@ -160,8 +173,3 @@ def _size(count: int) -> str:
             return f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:.3g} GB"
-
-
-def schemes() -> list[str]:
-    """Names of the quantization schemes that `quantize=` takes: none in this version."""
-    return []

@@ -10,8 +10,9 @@ from llmc.ir.errors import CompileError
 
 from . import int4, int8
 from .scheme import GROUPS, Options, Scheme
+from .stored import Stored
 
-__all__ = ["Scheme", "names", "parse"]
+__all__ = ["Scheme", "Stored", "names", "parse"]
 
 # Each has NAMES, which are listed (the first is what it is called), TAKES, the options that may follow it, and
 # scheme(name, options).
