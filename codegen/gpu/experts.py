@@ -13,13 +13,15 @@ from typing import Any
 import tvm
 from tvm.tirx.script import builder as T
 
+from llmc.ir.quantized import Format
 from llmc.targets.gpu import GpuTarget
 
 from ..epilogue import Epilogue
 from . import gemm, gemv, simt
 from .machine import Machine, choose, i64, kernel, loop, when
 from .matrix_units import MatrixUnit, matrix_unit
-from .product import Memory, Operands, Product, RowMap
+from .memory import Memory
+from .product import Operands, Product, RowMap
 
 FEW = 8  # rows that are never sorted
 SORTERS = 256  # threads of a block that sorts
@@ -32,7 +34,7 @@ def expert_linear(
     columns: int,
     depth: int,
     *,
-    weight: str = "float32",
+    weight: str | Format = "float32",
     activation: str = "float32",
     out: str | None = None,
     ids: str = "int32",
@@ -43,7 +45,7 @@ def expert_linear(
     """y[s] = epilogue(x[s] @ W[ids[s]]^T): the kernel of `llmc.ir.ops.expert_linear`.
 
     Arguments of the PrimFunc, in this order:
-      x [s, depth] activation; w [experts, columns, pack.row_elements(depth, weight)] weight;
+      x [s, depth] activation; the weight's tensors with [experts, columns, …], as those of `matmul`;
       ids [s] of dtype `ids`, each in 0 … experts-1; bias [experts, columns] epilogue.bias, if there is one;
       residual [s, columns_out] epilogue.residual, if there is one; y [s, columns_out] out.
     Dtypes, epilogue, columns_out and batch_invariant as in `matmul`. s may be 0.
@@ -53,7 +55,7 @@ def expert_linear(
     def body(symbols: dict, *buffers: Any) -> None:
         n, machine = symbols["n"], Machine(target)
         operands = Operands.of(product, machine, buffers, ids)
-        picked = Memory(buffers[2])
+        picked = Memory(buffers[1 + len(product.weight_tensors())])
 
         def alone() -> None:
             made = gemv.plan(product, 1)
@@ -88,7 +90,7 @@ def expert_linear(
             many = together(simt.SIDE, simt.THREADS, simt.column_map(product).tiles,
                             lambda rows, column_tile: simt.tile(operands, rows, column_tile))  # fmt: skip
         else:
-            short, middle, _ = gemm.tilings(target)
+            short, middle, _ = gemm.tilings(target, weight)
             cases.append((n <= 2 * short.rows * experts, on_unit(unit, short)))
             many = on_unit(unit, middle)
         with when(n > 0):

@@ -14,13 +14,18 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
+from llmc.ir.quantized import Format
 from llmc.targets.gpu import GpuTarget
 
+from .gemm_sides import CodeSide, FloatSide, Side, raw_bytes
 from .machine import Machine, i64, when
-from .matrix_units import CHUNK, MatrixUnit, ptx
-from .product import ColumnMap, Memory, Operands, Product, RowMap
+from .matrix_units import CHUNK, MatrixUnit
+from .memory import Memory
+from .product import ColumnMap, Operands, Product, RowMap
+from .quantized_layout import Layout
 
 STAGES = 3  # pieces in shared memory where copies are asynchronous
+TABLE_BYTES = 64  # of the values of 4-bit codes
 
 
 @dataclass(frozen=True)
@@ -41,46 +46,53 @@ class Tiling:
     def warps(self) -> int:
         return self.down * self.across * self.parts
 
+    def stages(self, product: Product, threads: int) -> int:
+        """Steps that are in shared memory or on their way there."""
+        if not product.target.async_copy:
+            return 1
+        if not isinstance(product.weight, Format):
+            return STAGES
+        layout = Layout(product.weight, product.depth, product.target.name)
+        stage = self.rows * self.depth * 2 + raw_bytes(layout, self.columns, self.depth, threads)
+        pieces = 2 * self.columns * self.depth * 2 + TABLE_BYTES
+        return max(2, min(STAGES + 1, (product.target.shared_bytes - pieces) // stage))
+
     def column_map(self, product: Product, unit: MatrixUnit) -> ColumnMap:
         """The columns of a block."""
         return ColumnMap(product.columns, self.columns, unit.columns, product.gated)
 
 
-def tilings(target: GpuTarget) -> tuple[Tiling, Tiling, Tiling]:
+def tilings(target: GpuTarget, weight: str | Format) -> tuple[Tiling, Tiling, Tiling]:
     """For few rows; for some; for many. The last two take every sum in the same order, the first in another."""
     if target.matrix_unit == "simdgroup":
         return Tiling(16, 64, 32, 1, 4), Tiling(32, 64, 32, 2, 2), Tiling(64, 64, 32, 2, 2)
     # 8 warps of 32 lanes where the sums of 4 would take more registers than leave a second block room.
     across = 4 if target.matrix_unit in ("wmma", "wmma12") else 2
-    return Tiling(16, 64, 64, 1, 2, 2), Tiling(64, 64, 32, 2, 2), Tiling(128, 128, 32, 2, across)
+    short = Tiling(16, 64, 64, 1, 2, 2)
+    if isinstance(weight, Format) and target.async_copy:
+        short = Tiling(16, 32, 128, 1, 1, 4)  # as many bytes of fewer bits: longer rows of them, and more blocks
+    return short, Tiling(64, 64, 32, 2, 2), Tiling(128, 128, 32, 2, across)
 
 
 def tile(operands: Operands, unit: MatrixUnit, rows: RowMap, tiling: Tiling, column_tile: Any) -> None:
     """Emit a block of tiling.warps warps: the rows of `rows`, the columns of tiling.column_map number column_tile."""
     product, m, columns = operands.product, operands.machine, tiling.column_map(operands.product, unit)
-    stages = STAGES if product.target.async_copy else 1
     chunks = tiling.depth // CHUNK
     pitch = chunks * unit.spacing  # from row to row of a piece
+    stages = tiling.stages(product, m.threads)
 
-    # Copying: a thread brings one chunk of every `apart`-th row of both pieces.
-    apart = tiling.warps * m.warp // chunks
-    first, chunk = T.bind(T.floordiv(m.thread, chunks)), T.bind(T.floormod(m.thread, chunks))
+    def weight_row(local: Any) -> Any:
+        return rows.weight_row(columns.weight_row(column_tile, local))
 
-    def side(source: Memory, size: int, base: Callable[[Any], Any]) -> _Side:
-        places = []
-        for i in range(-(-size // apart)):
-            row = T.bind(first + i * apart)
-            present = row < size if size % apart else None
-            start = T.bind(base(T.min(row, size - 1) if size % apart else row))
-            places.append((start, T.bind(unit.at(row, chunk, chunks)), present))
-        return _Side(unit.piece(stages * size, tiling.depth), source, places, size * pitch)
+    def floats(source: Memory, size: int, base: Callable[[Any], Any]) -> Side:
+        return FloatSide(m, unit, source, size, tiling.depth, stages, product.depth, base)
 
-    x = side(operands.x, tiling.rows, lambda r: rows.source(r) * product.depth)
-    w = side(
-        operands.w,
-        tiling.columns,
-        lambda r: rows.weight_row(columns.weight_row(column_tile, r)) * product.weight_depth,
-    )
+    x = floats(operands.x, tiling.rows, lambda r: rows.source(r) * product.depth)
+    if isinstance(product.weight, Format):
+        layout = Layout(product.weight, product.depth)
+        w: Side = CodeSide(m, unit, layout, operands.w, tiling.columns, tiling.depth, stages, weight_row)
+    else:
+        w = floats(operands.w[0], tiling.columns, lambda r: weight_row(r) * product.weight_depth)
 
     # Multiplying: a warp has down_fragments by across_fragments, over one of the parts of every step.
     down_fragments = tiling.rows // tiling.down // unit.rows
@@ -95,20 +107,23 @@ def tile(operands: Operands, unit: MatrixUnit, rows: RowMap, tiling: Tiling, col
         (unit.addresses(row, chunks, s, of_x=True), unit.addresses(column, chunks, s, of_x=False)) for s in strides
     ]
 
-    def read(of: _Side, stage: Any, at: list[Any], fragments: int, height: int, of_x: bool) -> list[Any]:
-        base = T.bind(stage * of.size)
+    def read(of: Side, base: Any, at: list[Any], fragments: int, height: int, of_x: bool) -> list[Any]:
         return [unit.read(of.piece, [base + a + i * height * pitch for a in at], of_x=of_x) for i in range(fragments)]
 
-    def multiply(stage: Any) -> None:
+    def multiply(step: Any, stage: Any) -> None:
+        x_begin, w_begin = x.begin(step, stage), w.begin(step, stage)
         for of_x, of_w in addresses:
-            a = read(x, stage, of_x, down_fragments, unit.rows, True)
-            b = read(w, stage, of_w, across_fragments, unit.columns, False)
+            a = read(x, x_begin, of_x, down_fragments, unit.rows, True)
+            b = read(w, w_begin, of_w, across_fragments, unit.columns, False)
             for i in range(down_fragments):
                 for j in range(across_fragments):
                     unit.multiply(sums, i * across_fragments + j, a[i], b[j])
 
-    steps = _Steps(m, unit, product.depth, tiling.depth, chunk)
-    (steps.asynchronous if product.target.async_copy else steps.through_registers)((x, w), multiply)
+    count = -(-product.depth // tiling.depth)
+    if product.target.async_copy:
+        asynchronous(m, (x, w), multiply, count, stages)
+    else:
+        through_registers(m, (x, w), multiply, count)
 
     def finish() -> None:
         for i in range(down_fragments):
@@ -152,111 +167,46 @@ def add_parts(m: Machine, sums: Any, part: Any, parts: int, words: Any) -> None:
                 sums[i] = sums[i] + T.reinterpret("float32", words[at(other, i)])
 
 
-@dataclass(frozen=True)
-class _Side:
-    """One operand: its pieces in shared memory, each of `size` elements, and what this thread brings to one.
-
-    places: where its chunk's row begins in memory, where the chunk stands in a piece, and whether it is there (None: it
-    is).
-    """
-
-    piece: Any
-    source: Memory
-    places: list[tuple[Any, Any, Any]]
-    size: int
-
-
-@dataclass(frozen=True)
-class _Steps:
-    """The way along the depth: copies, barriers, and the multiplication of what has come."""
-
-    machine: Machine
-    unit: MatrixUnit
-    depth: int
-    step: int
-    chunk: Any
-
-    @property
-    def count(self) -> int:
-        return -(-self.depth // self.step)
-
-    def column(self, step: Any) -> Any:
-        """int64: the depth of this thread's chunk."""
-        return T.bind(i64(step * self.step + self.chunk * CHUNK))
-
-    def through_registers(self, sides: tuple[_Side, ...], multiply: Callable[[Any], None]) -> None:
-        m, unit = self.machine, self.unit
-        held = [[unit.hold() for _ in side.places] for side in sides]
-
-        def fetch(step: Any) -> None:
-            k = self.column(step)
-            for side, registers in zip(sides, held, strict=True):
-                for (base, _, _), register in zip(side.places, registers, strict=True):
-                    if self.depth % self.step:
-                        with T.If(k < self.depth):
-                            with T.Then():
-                                unit.fetch(register, side.source, base + k)
-                            with T.Else():
-                                register.fill(0)
-                    else:
-                        unit.fetch(register, side.source, base + k)
-
-        def put() -> None:
-            for side, registers in zip(sides, held, strict=True):
-                for (_, at, present), register in zip(side.places, registers, strict=True):
-                    if present is None:
-                        unit.put(register, side.piece, at)
-                    else:
-                        with when(present):
-                            unit.put(register, side.piece, at)
-
-        fetch(T.int32(0))
-        with T.serial(0, self.count) as step:
-            put()
-            m.barrier()
-            with when(step + 1 < self.count):
-                fetch(step + 1)
-            multiply(T.int32(0))
-            m.barrier()
-
-    def asynchronous(self, sides: tuple[_Side, ...], multiply: Callable[[Any], None]) -> None:
-        m = self.machine
-
-        def copy(step: Any, stage: Any) -> None:
-            k = self.column(step)
-            there = T.Select(k < self.depth, T.uint32(16), T.uint32(0))  # bytes; the rest of 16 become zeros
+def through_registers(m: Machine, sides: tuple[Side, ...], multiply: Callable[[Any, Any], None], count: int) -> None:
+    """So many steps, one ahead in registers."""
+    for side in sides:
+        side.hold()
+    for side in sides:
+        side.fetch(T.int32(0))
+    with T.serial(0, count) as step:
+        for side in sides:
+            side.put(step)
+        m.barrier()
+        with when(step + 1 < count):
             for side in sides:
-                for base, at, present in side.places:
-                    to = side.piece.ptr_to([stage * side.size + at])
-
-                    def emit(side: _Side = side, base: Any = base, to: Any = to) -> None:
-                        words = side.source.words
-                        if self.depth % self.step:
-                            k_there = T.min(k, T.int64(self.depth - CHUNK))
-                            ptx(COPY, to, words.ptr_to([T.floordiv(base + k_there, 2)]), 16, there)
-                        else:
-                            ptx(COPY, to, words.ptr_to([T.floordiv(base + k, 2)]), 16)
-
-                    if present is None:
-                        emit()
-                    else:
-                        with when(present):
-                            emit()
-
-        def commit() -> None:
-            T.evaluate(T.ptx.cp.async_.commit_group())
-
-        for step in range(STAGES - 1):
-            if step < self.count:
-                copy(T.int32(step), step)
-            commit()
-        with T.serial(0, self.count) as step:
-            T.evaluate(T.ptx.cp.async_.wait_group(STAGES - 2))
-            m.barrier()
-            with when(step + (STAGES - 1) < self.count):
-                copy(step + (STAGES - 1), T.floormod(step + (STAGES - 1), STAGES))
-            commit()  # an empty group where nothing is left: the count of groups to wait for stays the same
-            multiply(T.floormod(step, STAGES))
+                side.fetch(step + 1)
+        multiply(step, T.int32(0))
+        m.barrier()
 
 
-COPY = "cp.async.cg.shared.global"
+def asynchronous(
+    m: Machine, sides: tuple[Side, ...], multiply: Callable[[Any, Any], None], count: int, stages: int
+) -> None:
+    """So many steps, stages - 1 ahead on their way to shared memory."""
+
+    def copy(step: Any, stage: Any) -> None:
+        for side in sides:
+            side.copy(step, stage)
+
+    def commit() -> None:
+        T.evaluate(T.ptx.cp.async_.commit_group())
+
+    for step in range(stages - 1):
+        if step < count:
+            copy(T.int32(step), step)
+        commit()
+    with T.serial(0, count) as step:
+        T.evaluate(T.ptx.cp.async_.wait_group(stages - 2))
+        stage = T.floormod(step, stages)
+        for side in sides:
+            side.land(step, stage)
+        m.barrier()
+        with when(step + (stages - 1) < count):
+            copy(step + (stages - 1), T.floormod(step + (stages - 1), stages))
+        commit()  # an empty group where nothing is left: the count of groups to wait for stays the same
+        multiply(step, stage)

@@ -13,7 +13,8 @@ from typing import Any
 from tvm.tirx.script import builder as T
 
 from .machine import Registers, i64, when
-from .product import ColumnMap, Operands, Product, RowMap, load_guarded, load_run
+from .memory import load_guarded, load_run
+from .product import ColumnMap, Operands, Product, RowMap
 
 WARPS = 4  # of a block
 
@@ -44,7 +45,7 @@ class Plan:
 def plan(product: Product, batch: int) -> Plan:
     """Enough warps to fill the machine, each with enough of the depth to read, and registers for all sums."""
     target = product.target
-    pieces = -(-product.weight_depth // (target.warp * product.chunk))
+    pieces = -(-product.weight_depth // (target.warp * product.run))
     full = target.multiprocessors * 16  # warps that hide the memory's latency
     width = 4 if product.columns >= 4 * full else 2
     split = 1
@@ -57,42 +58,52 @@ def plan(product: Product, batch: int) -> Plan:
 def tile(operands: Operands, rows: RowMap, made: Plan, column_tile: Any) -> None:
     """Emit a block of WARPS warps: at most made.batch rows, the columns of made.columns number column_tile."""
     product, m, columns = operands.product, operands.machine, made.columns(operands.product)
-    batch, width, chunk = made.batch, made.width, product.chunk
+    weight, batch, width = operands.weight, made.batch, made.width
+    words_of, run = weight.words, weight.run
     lane, warp = T.bind(m.lane), T.bind(m.warp_number)
     group, part = T.bind(T.floordiv(warp, made.split)), T.bind(T.floormod(warp, made.split))
     weights = [
-        T.bind(rows.weight_row(columns.weight_row(column_tile, group * width + j)) * product.weight_depth)
-        for j in range(width)
+        weight.start(rows.weight_row(columns.weight_row(column_tile, group * width + j))) for j in range(width)
     ]
     sources = [T.bind(rows.source(T.int64(r)) * product.depth) for r in range(batch)]
     sums = m.registers(batch * width)
     sums.fill(0)
-    stride = m.warp * chunk * made.split  # elements of the depth that the warps of a group pass together
-
-    def read(words: Registers, k: Any) -> None:
-        for j, base in enumerate(weights):
-            m.fetch(operands.w.words, base + k, product.weight, words, j * 4, chunk, once=True)
+    # Memory of the block, at once: a lookup's values, and then what every warp leaves for the end.
+    shared = m.shared(weight.table + WARPS * batch * width)
+    weight.prepare(shared)
+    stride = m.warp * run * made.split  # elements of the depth that the warps of a group pass together
 
     def multiply(words: Registers, k: Any) -> None:
-        w = [m.unpack(words, j * 4, product.weight, chunk) for j in range(width)]
-        for r, base in enumerate(sources):
-            if product.depth % chunk == 0:
-                x = load_run(m, operands.x, base + k, chunk)
-            else:
-                x = load_guarded(m, operands.x, base, k, product.depth, chunk)
-            for j in range(width):
-                for e in range(chunk):
-                    sums[r * width + j] = m.fma(w[j][e], x[e], sums[r * width + j])
+        for part in range(run // weight.part):
+            into = m.registers(batch * width) if weight.scaled else sums
+            if weight.scaled:
+                into.fill(0)
+            for first in range(part * weight.part, (part + 1) * weight.part, weight.step):
+                w = [weight.numbers(words, j * words_of, start, k, first) for j, start in enumerate(weights)]
+                for r, base in enumerate(sources):
+                    if product.depth % weight.step == 0 and product.depth == product.weight_depth:
+                        x = load_run(m, operands.x, base + k + first, weight.step)
+                    else:
+                        x = load_guarded(m, operands.x, base, k + first, product.depth, weight.step)
+                    for j in range(width):
+                        for e in range(weight.step):
+                            into[r * width + j] = m.fma(w[j][e], x[e], into[r * width + j])
+            if weight.scaled:
+                for j in range(width):
+                    scale = weight.scale(words, j * words_of, k, part)
+                    for r in range(batch):
+                        sums[r * width + j] = m.fma(scale, into[r * width + j], sums[r * width + j])
 
     def pieces(k: Any, count: int) -> None:
         """The pieces at k, k + stride, …: all read, then all multiplied."""
-        words = [m.registers(width * 4, "uint32") for _ in range(count)]
+        words = [m.registers(width * words_of, "uint32") for _ in range(count)]
         for p in range(count):
-            read(words[p], k + p * stride)
+            for j, start in enumerate(weights):
+                weight.fetch(words[p], j * words_of, start, k + p * stride)
         for p in range(count):
             multiply(words[p], k + p * stride)
 
-    first = T.bind(i64((part * m.warp + lane) * chunk))
+    first = T.bind(i64((part * m.warp + lane) * run))
     whole = product.weight_depth // stride
     turns, rest = divmod(whole, made.ahead)
     if turns:
@@ -106,11 +117,10 @@ def tile(operands: Operands, rows: RowMap, made: Plan, column_tile: Any) -> None
             pieces(last, 1)
 
     # Every warp leaves its sums in shared memory; then a thread takes an output.
-    partial = m.shared(WARPS * batch * width)
     for i in range(batch * width):
         total = m.warp_reduce(lambda a, b: a + b, T.bind(sums[i]))
         with when(lane == 0):
-            T.buffer_store(partial, total, [warp * (batch * width) + i])
+            T.buffer_store(shared, total, [weight.table + warp * (batch * width) + i])
     m.barrier()
     out_width = columns.out_width // made.groups
     with when(m.thread < batch * columns.out_width):
@@ -121,7 +131,7 @@ def tile(operands: Operands, rows: RowMap, made: Plan, column_tile: Any) -> None
         def total_of(index: Any) -> Any:
             found = T.float32(0)
             for s in range(made.split):
-                found = found + partial[((owner * made.split + s) * batch + r) * width + index]
+                found = found + shared[weight.table + ((owner * made.split + s) * batch + r) * width + index]
             return T.bind(found)
 
         with when(i64(r) < rows.count):

@@ -23,7 +23,7 @@ from ..cpu.vector import Params, Symbols, choose, i64, when
 
 __all__ = ["LEAST", "NOTHING", "Machine", "bits", "choose", "flat", "i64", "kernel", "loop", "when", "whole"]
 
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint16": 2, "uint32": 4, "int32": 4, "int64": 8}
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "uint16": 2, "uint32": 4, "int32": 4, "int64": 8}
 # Fast math (MSL) may take infinities for numbers that can't be: masks are finite.
 LEAST = -3e38  # a masked score: exp2(LEAST - NOTHING) is 0
 NOTHING = -1e30  # a peak before the first score: exp2(NOTHING - score) is 0

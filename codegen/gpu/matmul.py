@@ -8,6 +8,7 @@ from typing import Any
 import tvm
 from tvm.tirx.script import builder as T
 
+from llmc.ir.quantized import Format
 from llmc.targets.gpu import GpuTarget
 
 from ..epilogue import Epilogue
@@ -24,7 +25,7 @@ def matmul(
     columns: int,
     depth: int,
     *,
-    weight: str = "float32",
+    weight: str | Format = "float32",
     activation: str = "float32",
     out: str | None = None,
     epilogue: Epilogue | None = None,
@@ -34,11 +35,14 @@ def matmul(
     """y = epilogue(x @ W^T), summed in float32, rounded once.
 
     columns, depth: the shape of W as a checkpoint has it, [columns, depth]. weight, activation, out: dtypes of W, of x,
-    and of y (default: that of x), "float32", "float16" or "bfloat16". float32 operands are multiplied as float32.
+    and of y (default: that of x), "float32", "float16" or "bfloat16"; W may have a format. float32 operands are
+    multiplied as float32; numbers of a format as float32, or, where a matrix unit multiplies 16-bit operands, rounded
+    once to x's dtype: as near the product as half an ulp of that dtype is of every weight.
     batch_invariant: a row's numbers are the same bits whatever the number of rows, as few rows cost as much as many.
 
     Arguments of the PrimFunc, in this order:
-      x [n, depth] activation; w [columns, pack.row_elements(depth, weight)] weight, zeros past depth;
+      x [n, depth] activation; the weight's tensors, weight_rows.weight_tensors: of a dtype w [columns,
+      pack.row_elements(depth, weight)], zeros past depth; of a format those of quantized_layout.Layout;
       bias [columns] epilogue.bias, if there is one; residual [n, columns_out] epilogue.residual, if there is one;
       y [n, columns_out] out, where columns_out is columns, or columns // 2 with a gate. n may be 0.
     """
@@ -79,7 +83,7 @@ def matmul(
             many = tiled(simt.SIDE, simt.THREADS, simt.column_map(product).tiles,
                          lambda rows, column_tile: simt.tile(operands, rows, column_tile))  # fmt: skip
         else:
-            short, middle, large = gemm.tilings(target)
+            short, middle, large = gemm.tilings(target, weight)
             cases.append((n <= 2 * short.rows, on_unit(unit, short)))
             # Blocks of the large tiling read less, where there are enough of them for the whole machine.
             blocks = T.floordiv(n + (large.rows - 1), T.int64(large.rows)) * large.column_map(product, unit).tiles

@@ -15,8 +15,11 @@ from typing import Any, Protocol
 
 from tvm.tirx.script import builder as T
 
+from llmc.ir.quantized import Format
+
 from .machine import Machine, Registers
-from .product import Memory, Product, load_run
+from .memory import Memory, load_run
+from .product import Product
 
 CHUNK = 8  # elements of a row that are copied at once
 
@@ -50,6 +53,9 @@ class MatrixUnit(Protocol):
     def put(self, held: Registers, piece: Any, at: Any) -> None:
         """The chunk at `at` of a piece = held."""
 
+    def put_values(self, values: Sequence[Any], piece: Any, at: Any) -> None:
+        """The chunk at `at` of a piece = float32 values, rounded to its dtype."""
+
     def addresses(self, first: Any, chunks: int, step: Any, of_x: bool) -> list[Any]:
         """What a lane reads of a fragment whose first row is `first` (a multiple of 8), at a stride of the depth.
 
@@ -78,9 +84,9 @@ def matrix_unit(machine: Machine, product: Product) -> MatrixUnit | None:
     if product.depth % CHUNK or target.matrix_unit is None:
         return None
     if target.matrix_unit == "simdgroup":
-        half = product.weight == product.activation == "float16"
+        half = dtype == "float16" and (product.weight == dtype or isinstance(product.weight, Format))
         return Simdgroup(machine, "float16" if half else "float32")
-    if product.weight != dtype or dtype not in target.dtypes:
+    if dtype not in target.dtypes or product.weight != dtype and not isinstance(product.weight, Format):
         return None
     units: dict[str, type[_Words]] = {"mma": Mma, "mfma": Mfma, "wmma": Wmma, "wmma12": Wmma12}
     return units[target.matrix_unit](machine, dtype)
@@ -113,6 +119,11 @@ class _Words:
 
     def put(self, held: Registers, piece: Any, at: Any) -> None:
         T.buffer_store(piece, held.buffer.vload([0], "uint32x4"), [T.ramp(at, 1, 4)])
+
+    def put_values(self, values: Sequence[Any], piece: Any, at: Any) -> None:
+        held = self.hold()
+        self.machine.pack(values, self.dtype, held, 0)
+        self.put(held, piece, at)
 
     def addresses(self, first: Any, chunks: int, step: Any, of_x: bool) -> list[Any]:
         return [T.bind(first * (chunks * 4) + self.at(row, chunk, chunks)) for row, chunk in self.reads(step, of_x)]
@@ -306,6 +317,12 @@ class Simdgroup:
     def put(self, held: Registers, piece: Any, at: Any) -> None:
         for i in range(0, CHUNK, 4):
             T.buffer_store(piece, held.buffer.vload([i], f"{self.dtype}x4"), [T.ramp(at + i, 1, 4)])
+
+    def put_values(self, values: Sequence[Any], piece: Any, at: Any) -> None:
+        held = self.hold()
+        for i, value in enumerate(values):
+            held[i] = value if self.dtype == "float32" else T.Cast(self.dtype, value)
+        self.put(held, piece, at)
 
     def addresses(self, first: Any, chunks: int, step: Any, of_x: bool) -> list[Any]:
         return [T.bind(first * (chunks * 8) + step * 64)]

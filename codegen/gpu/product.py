@@ -12,22 +12,27 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
+from llmc.ir.quantized import Format
 from llmc.targets.gpu import GpuTarget
 
 from ..cpu.vector import Params
 from ..epilogue import Epilogue
-from .machine import BYTES, Machine, flat, i64, when, widen
-from .pack import row_elements
+from .machine import Machine, i64, when
+from .memory import Memory, store_run
+from .weight_rows import WeightRows, weight_depth, weight_rows, weight_run, weight_tensors
 
 
 @dataclass(frozen=True)
 class Product:
-    """One matrix product on one target. experts: how many weights lie one after the other; None where there is one."""
+    """One matrix product on one target.
+
+    weight: dtype of W, or its format. experts: how many weights lie one after the other; None where there is one.
+    """
 
     target: GpuTarget
     columns: int
     depth: int
-    weight: str
+    weight: str | Format
     activation: str
     out: str
     epilogue: Epilogue = field(default_factory=Epilogue)
@@ -44,20 +49,23 @@ class Product:
     @property
     def weight_depth(self) -> int:
         """Elements of a stored row of the weight."""
-        return row_elements(self.depth, self.weight)
+        return weight_depth(self.weight, self.depth)
 
     @property
-    def chunk(self) -> int:
-        """Elements of the weight in 16 bytes."""
-        return 16 // BYTES[self.weight]
+    def run(self) -> int:
+        """Elements of the weight that a thread reads together: 16 bytes, or nearly."""
+        return weight_run(self.weight, self.depth)
+
+    def weight_tensors(self) -> list[tuple[str, tuple[int, ...], str]]:
+        """Name, shape and dtype of what the weight is stored as."""
+        return weight_tensors(
+            self.weight, self.columns, self.depth, () if self.experts is None else (self.experts,)
+        )
 
     def params(self, ids: str | None = None) -> Params:
         """Parameters of the PrimFunc; the symbol n counts the rows of x."""
         epilogue, lead = self.epilogue, () if self.experts is None else (self.experts,)
-        found: list = [
-            ("x", ("n", self.depth), self.activation),
-            ("w", (*lead, self.columns, self.weight_depth), self.weight),
-        ]
+        found: list = [("x", ("n", self.depth), self.activation), *self.weight_tensors()]
         if ids:
             found.append(("ids", ("n",), ids))
         if epilogue.bias:
@@ -67,24 +75,15 @@ class Product:
         return [*found, ("y", ("n", self.out_columns), self.out)]
 
 
-class Memory:
-    """A tensor as flat memory: elements (bfloat16 as its bits in uint16), and words of 4 bytes."""
-
-    def __init__(self, buffer: Any):
-        self.dtype = str(buffer.dtype)
-        self.buffer = buffer
-        self.elements = flat(buffer)
-        self.words = flat(buffer, "uint32")
-
-
 @dataclass(frozen=True)
 class Operands:
-    """The tensors of one product."""
+    """The tensors of one product. w: those of the weight; weight: its rows."""
 
     product: Product
     machine: Machine
     x: Memory
-    w: Memory
+    w: tuple[Memory, ...]
+    weight: WeightRows
     y: Memory
     bias: Memory | None = None
     residual: Memory | None = None
@@ -94,7 +93,8 @@ class Operands:
         """From the buffers of product.params(ids)."""
         names = [name for name, _, _ in product.params(ids)]
         memories = {name: Memory(b) for name, b in zip(names, buffers, strict=True) if name != "ids"}
-        return cls(product, machine, **memories)
+        w = tuple(memories.pop(name) for name, _, _ in product.weight_tensors())
+        return cls(product, machine, w=w, weight=weight_rows(machine, product.weight, product.depth, w), **memories)
 
     def finish(
         self, row: Any, column: Any, sums: Sequence[Any], partners: Sequence[Any] = (), lead: Any = None
@@ -108,13 +108,16 @@ class Operands:
         columns, run = product.out_columns, len(sums)
         base = T.bind(row * columns + column)
 
+        def scaled(found: Any, at: Any) -> Any:
+            return T.bind(found * self.weight.row_scale(at)) if self.weight.rows_scaled else found
+
         def value(i: int) -> Any:
-            found = sums[i]
             at = column + i if lead is None else lead + column + i
+            found = scaled(sums[i], at)
             if self.bias:
                 found = T.bind(found + m.load_f32(self.bias.elements, [at]))
             if epilogue.gate:
-                other = partners[i]
+                other = scaled(partners[i], at + columns)
                 if self.bias:
                     other = T.bind(other + m.load_f32(self.bias.elements, [at + columns]))
                 found = T.bind(activation(m, epilogue.gate, found) * other)
@@ -129,41 +132,6 @@ class Operands:
             for i in range(run):
                 with when(column + i < columns):
                     m.store(self.y.elements, [base + i], value(i))
-
-
-def store_run(m: Machine, to: Any, element: Any, values: Sequence[Any]) -> None:
-    """Store float32 values to consecutive elements in one access; `element` is a multiple of their number."""
-    if len(values) == 1:
-        m.store(to, [element], values[0])
-        return
-    dtype = str(to.dtype)
-    run = m.registers(len(values), dtype)
-    for i, value in enumerate(values):
-        run[i] = m.narrow(value, dtype)
-    vector = run.buffer.vload([0], f"{dtype}x{len(values)}")
-    T.buffer_store(to, vector, [T.ramp(element, 1, len(values))])
-
-
-def load_run(m: Machine, source: Memory, element: Any, count: int) -> list[Any]:
-    """`count` consecutive elements as float32, in as few accesses as can be; `element` is a multiple of `count`."""
-    at_once = min(count, 16 // BYTES[source.dtype])
-    words = m.registers(count * BYTES[source.dtype] // 4, "uint32")
-    each = at_once * BYTES[source.dtype] // 4
-    for i in range(count // at_once):
-        m.fetch(source.words, element + i * at_once, source.dtype, words, i * each, at_once)
-    return m.unpack(words, 0, source.dtype, count)
-
-
-def load_guarded(m: Machine, source: Memory, base: Any, first: Any, stop: int, count: int) -> list[Any]:
-    """Elements base + first, … of a row of `stop` elements that begins at `base` as float32; zero from `stop` on."""
-    return [
-        T.bind(T.if_then_else(first + i < stop, widened(source, base + first + i), T.float32(0))) for i in range(count)
-    ]
-
-
-def widened(source: Memory, element: Any) -> Any:
-    """An element as a float32 expression: for use in a branch that is not always taken."""
-    return widen(source.elements[element])
 
 
 @dataclass(frozen=True)

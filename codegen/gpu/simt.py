@@ -6,12 +6,14 @@ memory as float32, [depth][rows]; every thread multiplies a small square of them
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from .machine import Machine, Registers, i64, when
-from .product import ColumnMap, Memory, Operands, Product, RowMap, load_guarded, load_run
+from .machine import Registers, i64, when
+from .memory import load_guarded, load_run
+from .product import ColumnMap, Operands, Product, RowMap
 
 SIDE = 64  # rows and columns of a block
 STEP = 16  # of the depth
@@ -36,16 +38,21 @@ def tile(operands: Operands, rows: RowMap, column_tile: Any) -> None:
     # Copying: thread t brings EACH consecutive k of row t // 4 of both pieces.
     local = T.bind(T.floordiv(m.thread, STEP // EACH))
     first = T.bind(T.floormod(m.thread, STEP // EACH) * EACH)
-    sources = [
-        (operands.x, T.bind(rows.source(local) * product.depth), product.depth),
-        (operands.w, T.bind(rows.weight_row(columns.weight_row(column_tile, local)) * product.weight_depth),
-         product.weight_depth),
-    ]  # fmt: skip
+    x, weight = operands.x, operands.weight
+    x_base = T.bind(rows.source(local) * product.depth)
+    w_start = weight.start(rows.weight_row(columns.weight_row(column_tile, local)))
+    if weight.table:
+        weight.prepare(m.shared(weight.table))
+
+    def x_values(k: Any) -> list[Any]:
+        if product.depth % EACH:
+            return load_guarded(m, x, x_base, k, product.depth, EACH)
+        return load_run(m, x, x_base + k, EACH)
 
     def fetch(step: Any) -> None:
         k = T.bind(i64(step * STEP + first))
-        for into, (source, base, stop) in zip(coming, sources, strict=True):
-            load(m, into, source, base, k, stop)
+        load(coming[0], lambda: x_values(k), k, product.depth, guarded=product.depth % EACH > 0)
+        load(coming[1], lambda: weight.few(w_start, k, EACH), k, product.weight_depth)
 
     def put() -> None:
         for into, piece in zip(shared, coming, strict=True):
@@ -55,7 +62,7 @@ def tile(operands: Operands, rows: RowMap, column_tile: Any) -> None:
     # Multiplying: thread t has rows (t // 16)·4 … and columns (t % 16)·4 …
     row, column = (T.bind(f(m.thread, SIDE // EACH) * EACH) for f in (T.floordiv, T.floormod))
     a, b = m.registers(EACH), m.registers(EACH)
-    steps = -(-product.weight_depth // STEP)
+    steps = -(-product.depth // STEP)
     fetch(T.int32(0))
     with T.serial(0, steps) as step:
         put()
@@ -80,20 +87,18 @@ def tile(operands: Operands, rows: RowMap, column_tile: Any) -> None:
             operands.finish(y_row, out_column, found[:half], found[half:], rows.lead)
 
 
-def load(m: Machine, into: Registers, source: Memory, base: Any, k: Any, stop: int) -> None:
-    """into[:EACH] = elements k … of a row of `stop` elements at `base`, as float32; zero from `stop` on."""
+def load(into: Registers, values: Callable[[], list[Any]], k: Any, stop: int, guarded: bool = False) -> None:
+    """into[:EACH] = values of elements k … of a row of `stop` elements; zero from `stop` on. guarded: they are that."""
 
-    def put(values: list[Any]) -> None:
-        for i, value in enumerate(values):
+    def put() -> None:
+        for i, value in enumerate(values()):
             into[i] = value
 
-    if stop % EACH:
-        put(load_guarded(m, source, base, k, stop, EACH))
-    elif stop % STEP:  # a run of EACH lies wholly inside the row or wholly outside
+    if guarded or stop % STEP == 0:
+        put()
+    else:  # a run of EACH lies wholly inside the row or wholly outside
         with T.If(k < stop):
             with T.Then():
-                put(load_run(m, source, base + k, EACH))
+                put()
             with T.Else():
                 into.fill(0)
-    else:
-        put(load_run(m, source, base + k, EACH))
