@@ -22,6 +22,7 @@ from .machine import Machine, choose, i64, kernel, loop, when
 from .matrix_units import MatrixUnit, matrix_unit
 from .memory import Memory
 from .product import Operands, Product, RowMap
+from .round_rows import round_rows
 
 FEW = 8  # rows that are never sorted
 SORTERS = 256  # threads of a block that sorts
@@ -40,6 +41,7 @@ def expert_linear(
     ids: str = "int32",
     epilogue: Epilogue | None = None,
     batch_invariant: bool = False,
+    rounded: int | None = None,
     name: str = "expert_linear",
 ) -> tvm.tirx.PrimFunc:
     """y[s] = epilogue(x[s] @ W[ids[s]]^T): the kernel of `llmc.ir.ops.expert_linear`.
@@ -48,7 +50,7 @@ def expert_linear(
       x [s, depth] activation; the weight's tensors with [experts, columns, …], as those of `matmul`;
       ids [s] of dtype `ids`, each in 0 … experts-1; bias [experts, columns] epilogue.bias, if there is one;
       residual [s, columns_out] epilogue.residual, if there is one; y [s, columns_out] out.
-    Dtypes, epilogue, columns_out and batch_invariant as in `matmul`. s may be 0.
+    Dtypes, epilogue, columns_out, rounded and batch_invariant as in `matmul`. s may be 0.
     """
     product = Product(target, columns, depth, weight, activation, out or activation, epilogue or Epilogue(), experts)
 
@@ -57,46 +59,55 @@ def expert_linear(
         operands = Operands.of(product, machine, buffers, ids)
         picked = Memory(buffers[1 + len(product.weight_tensors())])
 
-        def alone() -> None:
-            made = gemv.plan(product, 1)
-            with machine.launch([n, made.columns(product).tiles], gemv.WARPS * target.warp) as (row, column_tile):
-                lead = T.bind(i64(picked.elements[i64(row)]) * columns)
-                gemv.tile(operands, RowMap(T.int64(1), lambda r: i64(row) + r, lead), made, column_tile)
-
-        def together(height: int, threads: int, tiles: int, emit: Callable[[RowMap, Any], None]) -> Callable[[], None]:
-            def launch() -> None:
-                slots = T.floordiv(n, T.int64(height)) + experts
-                order = Memory(T.alloc_buffer((n,), "int32"))
-                plan = Memory(T.alloc_buffer((slots * 3,), "int32"))
-                with machine.launch([experts], SORTERS) as (expert,):
-                    sort(machine, picked, n, expert, height, order, plan)
-                with machine.launch([slots, tiles], threads) as (slot, column_tile):
-                    expert, first, count = (T.bind(plan.elements[i64(slot) * 3 + i]) for i in range(3))
-                    with when(expert != NONE):
-                        lead = T.bind(i64(expert) * columns)
-                        emit(RowMap(i64(count), lambda r: i64(order.elements[i64(first) + r]), lead), column_tile)
-
-            return launch
-
-        def on_unit(unit: MatrixUnit, tiling: gemm.Tiling) -> Callable[[], None]:
-            def emit(rows: RowMap, column_tile: Any) -> None:
-                gemm.tile(operands, unit, rows, tiling, column_tile)
-
-            return together(tiling.rows, tiling.warps * target.warp, tiling.column_map(product, unit).tiles, emit)
-
-        unit = matrix_unit(machine, product)
-        cases = [(n <= max(FEW, experts), alone)]
-        if unit is None:
-            many = together(simt.SIDE, simt.THREADS, simt.column_map(product).tiles,
-                            lambda rows, column_tile: simt.tile(operands, rows, column_tile))  # fmt: skip
-        else:
-            short, middle, _ = gemm.tilings(target, weight)
-            cases.append((n <= 2 * short.rows * experts, on_unit(unit, short)))
-            many = on_unit(unit, middle)
         with when(n > 0):
-            choose([] if batch_invariant else cases, many)
+            of = operands if rounded is None else round_rows(operands, n, rounded)
+            launches(of, picked, n, batch_invariant)
 
     return kernel(name, product.params(ids), body)
+
+
+def launches(operands: Operands, picked: Memory, n: Any, batch_invariant: bool) -> None:
+    """The kernels of n rows, n int64 and not 0, of which those of one case are launched. picked: experts of rows."""
+    product, machine = operands.product, operands.machine
+    target, columns, experts = product.target, product.columns, product.experts or 1
+
+    def alone() -> None:
+        made = gemv.plan(product, 1)
+        with machine.launch([n, made.columns(product).tiles], gemv.WARPS * target.warp) as (row, column_tile):
+            lead = T.bind(i64(picked.elements[i64(row)]) * columns)
+            gemv.tile(operands, RowMap(T.int64(1), lambda r: i64(row) + r, lead), made, column_tile)
+
+    def together(height: int, threads: int, tiles: int, emit: Callable[[RowMap, Any], None]) -> Callable[[], None]:
+        def launch() -> None:
+            slots = T.floordiv(n, T.int64(height)) + experts
+            order = Memory(T.alloc_buffer((n,), "int32"))
+            plan = Memory(T.alloc_buffer((slots * 3,), "int32"))
+            with machine.launch([experts], SORTERS) as (expert,):
+                sort(machine, picked, n, expert, height, order, plan)
+            with machine.launch([slots, tiles], threads) as (slot, column_tile):
+                expert, first, count = (T.bind(plan.elements[i64(slot) * 3 + i]) for i in range(3))
+                with when(expert != NONE):
+                    lead = T.bind(i64(expert) * columns)
+                    emit(RowMap(i64(count), lambda r: i64(order.elements[i64(first) + r]), lead), column_tile)
+
+        return launch
+
+    def on_unit(unit: MatrixUnit, tiling: gemm.Tiling) -> Callable[[], None]:
+        def emit(rows: RowMap, column_tile: Any) -> None:
+            gemm.tile(operands, unit, rows, tiling, column_tile)
+
+        return together(tiling.rows, tiling.warps * target.warp, tiling.column_map(product, unit).tiles, emit)
+
+    unit = matrix_unit(machine, product)
+    cases = [(n <= max(FEW, experts), alone)]
+    if unit is None:
+        many = together(simt.SIDE, simt.THREADS, simt.column_map(product).tiles,
+                        lambda rows, column_tile: simt.tile(operands, rows, column_tile))  # fmt: skip
+    else:
+        short, middle, _ = gemm.tilings(target, product.weight)
+        cases.append((n <= 2 * short.rows * experts, on_unit(unit, short)))
+        many = on_unit(unit, middle)
+    choose([] if batch_invariant else cases, many)
 
 
 def sort(m: Machine, ids: Memory, n: Any, expert: Any, height: int, order: Memory, plan: Memory) -> None:

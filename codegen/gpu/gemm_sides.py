@@ -29,6 +29,9 @@ class Side(Protocol):
     def begin(self, step: Any, stage: Any) -> Any:
         """Where the piece of a step begins, in elements of `piece`."""
 
+    def hold(self) -> None:
+        """Registers for what is fetched."""
+
     def fetch(self, step: Any) -> None:
         """Bring what this thread brings of a step into registers."""
 
@@ -64,7 +67,7 @@ class FloatSide:
         chunks = step // CHUNK
         apart = m.threads // chunks
         first, self.chunk = T.bind(T.floordiv(m.thread, chunks)), T.bind(T.floormod(m.thread, chunks))
-        # Where a chunk's row begins in memory, where the chunk stands in a piece, and whether it is there (None: it is).
+        # Where a chunk's row begins in memory, where the chunk stands in a piece, whether it is there (None: it is).
         self.places: list[tuple[Any, Any, Any]] = []
         for i in range(-(-size // apart)):
             row = T.bind(first + i * apart)
@@ -162,7 +165,9 @@ class CodeSide:
         self.size = size * self.chunks * unit.spacing
         self.piece = unit.piece((2 if stages > 1 else 1) * size, step)
         self.held = [m.registers(self.rows.words, "uint32") for _ in self.places]
-        self.raw = m.shared(stages * len(self.places) * m.threads * self.rows.words, "uint32") if stages > 1 else None
+        self.raw: Any = None  # where asynchronous copies of codes go: every thread's own
+        if stages > 1:
+            self.raw = m.shared(stages * len(self.places) * m.threads * self.rows.words, "uint32")
 
     def hold(self) -> None:
         pass

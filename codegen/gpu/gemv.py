@@ -62,9 +62,7 @@ def tile(operands: Operands, rows: RowMap, made: Plan, column_tile: Any) -> None
     words_of, run = weight.words, weight.run
     lane, warp = T.bind(m.lane), T.bind(m.warp_number)
     group, part = T.bind(T.floordiv(warp, made.split)), T.bind(T.floormod(warp, made.split))
-    weights = [
-        weight.start(rows.weight_row(columns.weight_row(column_tile, group * width + j))) for j in range(width)
-    ]
+    weights = [weight.start(rows.weight_row(columns.weight_row(column_tile, group * width + j))) for j in range(width)]
     sources = [T.bind(rows.source(T.int64(r)) * product.depth) for r in range(batch)]
     sums = m.registers(batch * width)
     sums.fill(0)

@@ -16,6 +16,7 @@ from . import gemm, gemv, simt
 from .machine import Machine, choose, i64, kernel, when
 from .matrix_units import MatrixUnit, matrix_unit
 from .product import Operands, Product, RowMap
+from .round_rows import round_rows
 
 FEW = (1, 4, 8)  # rows for which there is a matrix-vector kernel
 
@@ -30,6 +31,7 @@ def matmul(
     out: str | None = None,
     epilogue: Epilogue | None = None,
     batch_invariant: bool = False,
+    rounded: int | None = None,
     name: str = "matmul",
 ) -> tvm.tirx.PrimFunc:
     """y = epilogue(x @ W^T), summed in float32, rounded once.
@@ -38,6 +40,7 @@ def matmul(
     and of y (default: that of x), "float32", "float16" or "bfloat16"; W may have a format. float32 operands are
     multiplied as float32; numbers of a format as float32, or, where a matrix unit multiplies 16-bit operands, rounded
     once to x's dtype: as near the product as half an ulp of that dtype is of every weight.
+    rounded: x is rounded to 8 bits first, in groups of so many (0: rows), as round_activation says.
     batch_invariant: a row's numbers are the same bits whatever the number of rows, as few rows cost as much as many.
 
     Arguments of the PrimFunc, in this order:
@@ -51,47 +54,54 @@ def matmul(
     def body(symbols: dict, *buffers: Any) -> None:
         n, machine = symbols["n"], Machine(target)
         operands = Operands.of(product, machine, buffers)
-
-        def few(batch: int) -> Callable[[], None]:
-            made = gemv.plan(product, batch)
-
-            def emit() -> None:
-                with machine.launch([made.columns(product).tiles], gemv.WARPS * target.warp) as (column_tile,):
-                    gemv.tile(operands, RowMap(n, lambda r: r), made, column_tile)
-
-            return emit
-
-        def tiled(height: int, threads: int, tiles: int, emit: Callable[[RowMap, Any], None]) -> Callable[[], None]:
-            def launch() -> None:
-                grid = [T.floordiv(n + (height - 1), T.int64(height)), tiles]
-                with machine.launch(grid, threads) as (row_tile, column_tile):
-                    first = T.bind(i64(row_tile) * height)
-                    emit(RowMap(T.bind(n - first), lambda r: first + r), column_tile)
-
-            return launch
-
-        def on_unit(unit: MatrixUnit, tiling: gemm.Tiling) -> Callable[[], None]:
-            def emit(rows: RowMap, column_tile: Any) -> None:
-                gemm.tile(operands, unit, rows, tiling, column_tile)
-
-            tiles = tiling.column_map(product, unit).tiles
-            return tiled(tiling.rows, tiling.warps * target.warp, tiles, emit)
-
-        cases = [(n <= batch, few(batch)) for batch in FEW]
-        unit = matrix_unit(machine, product)
-        if unit is None:
-            many = tiled(simt.SIDE, simt.THREADS, simt.column_map(product).tiles,
-                         lambda rows, column_tile: simt.tile(operands, rows, column_tile))  # fmt: skip
-        else:
-            short, middle, large = gemm.tilings(target, weight)
-            cases.append((n <= 2 * short.rows, on_unit(unit, short)))
-            # Blocks of the large tiling read less, where there are enough of them for the whole machine.
-            blocks = T.floordiv(n + (large.rows - 1), T.int64(large.rows)) * large.column_map(product, unit).tiles
-            cases.append((blocks < target.multiprocessors, on_unit(unit, middle)))
-            many = on_unit(unit, large)
-        if batch_invariant:
-            cases = cases[len(FEW) + 1 :]
         with when(n > 0):
-            choose(cases, many)
+            launches(operands if rounded is None else round_rows(operands, n, rounded), n, batch_invariant)
 
     return kernel(name, product.params(), body)
+
+
+def launches(operands: Operands, n: Any, batch_invariant: bool) -> None:
+    """The kernels of a product of n rows, n int64 and not 0, one of which is launched."""
+    product, machine = operands.product, operands.machine
+    target = product.target
+
+    def few(batch: int) -> Callable[[], None]:
+        made = gemv.plan(product, batch)
+
+        def emit() -> None:
+            with machine.launch([made.columns(product).tiles], gemv.WARPS * target.warp) as (column_tile,):
+                gemv.tile(operands, RowMap(n, lambda r: r), made, column_tile)
+
+        return emit
+
+    def tiled(height: int, threads: int, tiles: int, emit: Callable[[RowMap, Any], None]) -> Callable[[], None]:
+        def launch() -> None:
+            grid = [T.floordiv(n + (height - 1), T.int64(height)), tiles]
+            with machine.launch(grid, threads) as (row_tile, column_tile):
+                first = T.bind(i64(row_tile) * height)
+                emit(RowMap(T.bind(n - first), lambda r: first + r), column_tile)
+
+        return launch
+
+    def on_unit(unit: MatrixUnit, tiling: gemm.Tiling) -> Callable[[], None]:
+        def emit(rows: RowMap, column_tile: Any) -> None:
+            gemm.tile(operands, unit, rows, tiling, column_tile)
+
+        tiles = tiling.column_map(product, unit).tiles
+        return tiled(tiling.rows, tiling.warps * target.warp, tiles, emit)
+
+    cases = [(n <= batch, few(batch)) for batch in FEW]
+    unit = matrix_unit(machine, product)
+    if unit is None:
+        many = tiled(simt.SIDE, simt.THREADS, simt.column_map(product).tiles,
+                     lambda rows, column_tile: simt.tile(operands, rows, column_tile))  # fmt: skip
+    else:
+        short, middle, large = gemm.tilings(target, product.weight)
+        cases.append((n <= 2 * short.rows, on_unit(unit, short)))
+        # Blocks of the large tiling read less, where there are enough of them for the whole machine.
+        blocks = T.floordiv(n + (large.rows - 1), T.int64(large.rows)) * large.column_map(product, unit).tiles
+        cases.append((blocks < target.multiprocessors, on_unit(unit, middle)))
+        many = on_unit(unit, large)
+    if batch_invariant:
+        cases = cases[len(FEW) + 1 :]
+    choose(cases, many)

@@ -86,7 +86,7 @@ def matrix_unit(machine: Machine, product: Product) -> MatrixUnit | None:
     if target.matrix_unit == "simdgroup":
         half = dtype == "float16" and (product.weight == dtype or isinstance(product.weight, Format))
         return Simdgroup(machine, "float16" if half else "float32")
-    if dtype not in target.dtypes or product.weight != dtype and not isinstance(product.weight, Format):
+    if dtype not in target.dtypes or (product.weight != dtype and not isinstance(product.weight, Format)):
         return None
     units: dict[str, type[_Words]] = {"mma": Mma, "mfma": Mfma, "wmma": Wmma, "wmma12": Wmma12}
     return units[target.matrix_unit](machine, dtype)

@@ -58,9 +58,7 @@ class Product:
 
     def weight_tensors(self) -> list[tuple[str, tuple[int, ...], str]]:
         """Name, shape and dtype of what the weight is stored as."""
-        return weight_tensors(
-            self.weight, self.columns, self.depth, () if self.experts is None else (self.experts,)
-        )
+        return weight_tensors(self.weight, self.columns, self.depth, () if self.experts is None else (self.experts,))
 
     def params(self, ids: str | None = None) -> Params:
         """Parameters of the PrimFunc; the symbol n counts the rows of x."""

@@ -53,7 +53,7 @@ class Layout:
             raise refuse(f"expected one of {', '.join(TABLES)} with a value for each code, found {f.table!r}")
         if f.scale not in SCALE_BYTES:
             raise refuse(f"expected scales of {', '.join(SCALE_BYTES)}, found {f.scale!r}")
-        if f.group % STEP or f.group and self.depth % f.group:
+        if f.group % STEP or (f.group and self.depth % f.group):
             raise refuse(
                 f"expected groups of a multiple of {STEP} that fill rows of {self.depth}, found groups of {f.group}"
             )
@@ -79,11 +79,12 @@ class Layout:
         """Codes that a thread reads at once: at most so many; in whole groups, or in a part of one."""
         group = self.format.group
         run = RUNS[self.format.bits]
-        while run > STEP and self.format.bits != 3 and (run > most or group and group % run and run % group):
+        while run > STEP and self.format.bits != 3 and (run > most or (group and group % run and run % group)):
             run //= 2
         if group and group % run and run % group:
             raise CompileError(
-                f"{self.format} has no kernels for {self.target}: expected groups that divide or are multiples of {run}",
+                f"{self.format} has no kernels for {self.target}: "
+                f"expected groups that divide or are multiples of {run}, found groups of {group}",
                 stage="quantized",
             )
         return run

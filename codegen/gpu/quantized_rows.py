@@ -15,7 +15,7 @@ from tvm.tirx.script import builder as T
 
 from llmc.ir.quantized import TABLES
 
-from .machine import Machine, Registers, i64, when, widen
+from .machine import Machine, Registers, when, widen
 from .memory import Memory
 from .quantized_layout import SCALE_BYTES, STEP, Layout
 

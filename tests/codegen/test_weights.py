@@ -42,6 +42,22 @@ CASES = {
         lambda a: np.pad(a.astype("f4"), [(1, 3), (0, 2)]).astype(a.dtype),
     ),
     "tanh": (lambda emit, a: R.tanh(emit(R.astype(a, "float32"))), lambda a: np.tanh(a.astype("float32"))),
+    "every third column from the second": (
+        lambda emit, a: R.strided_slice(a, axes=[1], begin=[1], end=[8], strides=[3]),
+        lambda a: a[:, 1:8:3],
+    ),
+    "rows two to four": (lambda emit, a: R.strided_slice(a, axes=[0], begin=[2], end=[4]), lambda a: a[2:4]),
+    "nibbles": (
+        lambda emit, a: R.bitwise_or(
+            emit(R.bitwise_and(emit(R.astype(a, "uint8")), relax.const(15, "uint8"))),
+            emit(
+                R.left_shift(
+                    emit(R.right_shift(emit(R.astype(a, "uint8")), relax.const(1, "uint8"))), relax.const(4, "uint8")
+                )
+            ),
+        ),
+        lambda a: a.astype("u1") & 15 | a.astype("u1") >> 1 << 4,
+    ),
     "panels": (
         lambda emit, a: R.permute_dims(emit(R.reshape(a, [3, 2, 4, 2])), [0, 2, 1, 3]),
         lambda a: a.reshape(3, 2, 4, 2).transpose(0, 2, 1, 3),

@@ -8,15 +8,29 @@ from llmc.codegen.weights import numpy_dtype
 from llmc.ir.quantized import Format
 from tests.codegen.gpu.products import HALF_ULP, SMALLEST
 
+NF4 = [
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+]
 TABLES = {
-    "nf4": np.array(
-        [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-         -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32),
-    "e2m1": np.arange(16, dtype=np.uint8).view(np.uint8).astype(np.float32),
+    "nf4": np.array(NF4, np.float32),
+    "e2m1": np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32),
     "e4m3": np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32),
-}  # fmt: skip
-TABLES["e2m1"] = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+}
 
 FORMATS = {
     "int8": Format(8, 0, "float32", offset=128),
@@ -63,6 +77,15 @@ def stored_groups(x, format, depth):
     unit = {8: 16, 4: 32, 3: 64}[format.bits]
     groups = -(-(-(-depth // unit) * unit) // (4 * format.group)) * 4
     return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, groups - x.shape[-1])])
+
+
+def round_activation(x, group):
+    """x [n, depth] as 8-bit integers of groups (0: rows) say it, all in float32; see llmc.ir.quantized."""
+    y = x.astype(np.float32).reshape(len(x), -1, group or x.shape[1])
+    most = abs(y).max(-1, keepdims=True)
+    safe = np.where(most > 0, most, np.float32(1))
+    codes = np.rint(y * (np.float32(127) / safe))
+    return (codes * (safe * np.float32(1 / 127))).reshape(x.shape).astype(x.dtype)
 
 
 class QuantizedWeight:
