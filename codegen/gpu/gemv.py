@@ -115,6 +115,8 @@ def tile(operands: Operands, rows: RowMap, made: Plan, column_tile: Any) -> None
             pieces(last, 1)
 
     # Every warp leaves its sums in shared memory; then a thread takes an output.
+    if weight.table:
+        m.barrier()
     for i in range(batch * width):
         total = m.warp_reduce(lambda a, b: a + b, T.bind(sums[i]))
         with when(lane == 0):

@@ -57,10 +57,14 @@ class QuantizedRows:
         self.values = shared
         if not self.looked_up:
             return
-        for i, value in enumerate(TABLES[self.format.table]):
-            with when(self.machine.thread == i):
-                T.buffer_store(shared, self.machine.number(value), [i])
-        self.machine.barrier()
+        m = self.machine
+        with when(m.thread < self.table):
+            own = m.registers(1)
+            own.fill(0)
+            for i, value in enumerate(TABLES[self.format.table]):
+                own[0] = T.Select(m.thread == i, m.number(value), own[0])
+            T.buffer_store(shared, own[0], [m.thread])
+        m.barrier()
 
     def start(self, row: Any) -> tuple[Any, Any, Any]:
         """First words of its codes, number of its first group, and its zero point where it has one for all."""
