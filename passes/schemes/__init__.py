@@ -8,7 +8,7 @@ from typing import Any
 
 from llmc.ir.errors import CompileError
 
-from . import int4, int8
+from . import fp8, int3, int4, int8, mxfp4, nf4, w8a8
 from .scheme import GROUPS, Options, Scheme
 from .stored import Stored
 
@@ -16,7 +16,7 @@ __all__ = ["Scheme", "Stored", "names", "parse"]
 
 # Each has NAMES, which are listed (the first is what it is called), TAKES, the options that may follow it, and
 # scheme(name, options).
-_FILES: tuple[Any, ...] = (int8, int4)
+_FILES: tuple[Any, ...] = (int8, int4, int3, fp8, w8a8, nf4, mxfp4)
 _BY_NAME = {file.NAMES[0]: file for file in _FILES}
 _OPTION = {"group": "-g128 … -g16", "zeros": "-zp", "activation": "-a8"}
 

@@ -15,7 +15,7 @@ from llmc.ir.quantized import Format
 
 from .scheme import Scheme, group_for, stored
 
-__all__ = ["Integers", "round_groups"]
+__all__ = ["BLOCK", "Best", "Integers", "as_groups", "empty_parts", "round_groups"]
 
 # Scales that are tried, as shares of the one that just reaches the largest weight: below 1 it is clipped.
 SHARES = tuple(np.linspace(0.70, 1.06, 13))
@@ -43,13 +43,13 @@ class Integers(Scheme):
 def round_groups(rows: np.ndarray, format: Format, importance: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """The parts of rows [r, depth] float32 in an integer format, each group with the least squared error found."""
     count, depth = rows.shape
-    parts = {name: np.empty(shape, _numpy(kind)) for name, (shape, kind) in format.parts(rows.shape).items()}
+    parts = empty_parts(format, rows.shape)
     step = max(1, BLOCK // depth)
     search = _zero_points if format.zeros else _symmetric
     for start in range(0, count, step):
         block = np.ascontiguousarray(rows[start : start + step], np.float32)
         groups = block.reshape(-1, format.group or depth)
-        weights = None if importance is None else _as_groups(importance, start, block.shape, groups.shape)
+        weights = None if importance is None else as_groups(importance, start, block.shape, groups.shape)
         codes, scales, zeros = search(groups, weights, format)
         parts["codes"][start : start + step] = codes.reshape(block.shape)
         parts["scales"][start : start + step] = scales.reshape(len(block), -1)
@@ -58,12 +58,21 @@ def round_groups(rows: np.ndarray, format: Format, importance: np.ndarray | None
     return parts
 
 
-def _as_groups(importance: np.ndarray, start: int, block: tuple[int, ...], groups: tuple[int, ...]) -> np.ndarray:
+def empty_parts(format: Format, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Room for the parts of a weight."""
+    import ml_dtypes
+
+    found = format.parts(shape).items()
+    return {name: np.empty(extent, np.dtype(getattr(ml_dtypes, kind, kind))) for name, (extent, kind) in found}
+
+
+def as_groups(importance: np.ndarray, start: int, block: tuple[int, ...], groups: tuple[int, ...]) -> np.ndarray:
+    """What the weights of a block that begins at row `start` count, group by group."""
     own = importance if importance.ndim == 1 else importance[start : start + block[0]]
     return np.ascontiguousarray(np.broadcast_to(own, block), np.float32).reshape(groups)
 
 
-class _Best:
+class Best:
     """Of tried codes [groups, size], less their zeros, those that explain most: their best scale."""
 
     def __init__(self, w: np.ndarray, importance: np.ndarray | None):
@@ -91,7 +100,7 @@ def _symmetric(w, importance, format):
     the larger side that the one code more is on."""
     half = 1 << format.bits - 1
     largest = np.take_along_axis(w, np.abs(w).argmax(1)[:, None], 1)[:, 0]
-    best = _Best(w, importance)
+    best = Best(w, importance)
     q = np.empty_like(w)
     for share in FEW_SHARES if format.bits == 8 else SHARES:
         _divide(w, largest * np.float32(-share / half), q)
@@ -107,7 +116,7 @@ def _zero_points(w, importance, format):
     """codes in [0, most], of which `zero` stands for 0; the range that is covered always holds 0."""
     most = (1 << format.bits) - 1
     low, high = np.minimum(w.min(1), 0), np.maximum(w.max(1), 0)
-    best = _Best(w, importance)
+    best = Best(w, importance)
     q = np.empty_like(w)
     for share in FEW_SHARES if format.bits == 8 else SHARES:
         scale = (high - low) * np.float32(share / most)
@@ -129,9 +138,3 @@ def _divide(w: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
     inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
     np.multiply(w, inverse[:, None], out=out)
     np.rint(out, out=out)
-
-
-def _numpy(kind: str) -> np.dtype:
-    import ml_dtypes
-
-    return np.dtype(getattr(ml_dtypes, kind, kind))

@@ -59,11 +59,11 @@ def group_for(depth: int, wanted: int) -> int:
 
 
 def stored(scales: np.ndarray, dtype: str) -> Any:
-    """Scales as they will be read: rounded to their dtype, none of them zero or beyond its range."""
+    """Scales as they will be read: rounded to their dtype, none beyond its range; 1 where all weights are zeros."""
     import ml_dtypes
 
     kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
     info = ml_dtypes.finfo(kind)
-    least, most = float(info.smallest_subnormal), float(info.max)
-    size = np.clip(np.abs(scales), least, most)
+    least, most = float(info.smallest_normal if dtype == "float32" else info.smallest_subnormal), float(info.max)
+    size = np.where(scales == 0, 1, np.clip(np.abs(scales), least, most))
     return np.where(scales < 0, -size, size).astype(kind)
