@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from llmc.ir.rewrite import Rewriter, bindings, op_name
 from llmc.passes.goal import Goal
 from llmc.passes.locality import whereabouts
 from llmc.passes.pipeline import Pass
+from llmc.passes.stands_for import fake_quantized
 
 __all__ = ["TOLERANCE", "Verifier"]
 
@@ -30,6 +32,8 @@ TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
 LOSS = {"int8": 3e-2, "fp8": 1.5e-1}
 # And afterwards: where sums differ in their last bits, a number between two codes may become the other one.
 FLIPS = {"int8": 5e-3, "fp8": 5e-2}
+# Activations in 8 bits (scheme.activation): as of an int8 cache.
+ROUNDED, ROUNDED_FLIPS = 1e-1, 1e-2
 LONGEST = 256  # tokens; windows and chunks beyond it are not crossed
 
 
@@ -42,6 +46,9 @@ class Verifier:
     run through the imported program one by one, and through the program after the pass: one by one too in the
     textbook form; from page_attention on side by side from paged caches: prefill, chunks, and decode in the same
     steps. Every weight is read into memory once.
+
+    Quantized weights are another program: quantize_weights is held against the one before it over the weights that its
+    codes stand for (numpy's word; ROUNDED off where activations are rounded too), and what comes after against it.
 
     A cache in 8 bits (goal.kv_cache) changes what is computed: page_attention may be off by LOSS then, and what comes
     after is compared with what it made.
@@ -58,7 +65,7 @@ class Verifier:
         lengths: Sequence[int] | None = None,
         seed: int = 0,
     ):
-        self.imported = imported
+        self.imported, self.schemes = imported, goal.schemes
         self.weights = _Arrays(weights)
         self.tolerance, self.kv_cache = TOLERANCE[goal.dtype], goal.kv_cache
         vocabulary = int(imported["main"].ret_ty.shape.values[-1])
@@ -72,6 +79,9 @@ class Verifier:
         """The manager's hook."""
         if after.same_as(before):
             return
+        if current.name == "quantize_weights":
+            self.quantized(current, before, after)
+            return
         found = self.run(after)
         sequence, error = self.worst(found)
         if error <= self.allowed(current):
@@ -79,6 +89,20 @@ class Verifier:
             return
         op, where = self.locate(before, after, sequence)
         raise CompileError(f"{self.words(current.name, error)}; {where}", pass_name=current.name, op=op)
+
+    def quantized(self, current: Pass, before: tvm.IRModule, after: tvm.IRModule) -> None:
+        """Hold a quantized program against the one before it; from here on it is what is wanted."""
+        program, fake = fake_quantized(before, after, self.schemes, self.weights)
+        weights, self.weights = self.weights, _Arrays(ChainMap(fake, self.weights))
+        self.wanted, self.weights = self.run(program), weights
+        found = self.run(after)
+        rounds = any(scheme.activation is not None for scheme in self.schemes.values())
+        self.tolerance, own = max(self.tolerance, ROUNDED) if rounds else self.tolerance, self.tolerance
+        _, error = self.worst(found)
+        if not error <= self.tolerance:
+            raise CompileError(self.words(current.name, error), pass_name=current.name, op="dequantize")
+        self.wanted, self.imported, self.tolerance = found, after, max(own, ROUNDED_FLIPS) if rounds else own
+        self.__dict__.pop("wanted_points", None)
 
     def allowed(self, current: Pass) -> float:
         """How far a pass may bring the program from what is wanted."""

@@ -11,9 +11,10 @@ from llmc.ir import ops, paging
 from llmc.ir.errors import CompileError
 from llmc.ir.ops import attributes_of, op_of
 from llmc.ir.rewrite import Rewriter, op_name
-from llmc.passes import manager, verify
+from llmc.passes import manager, quantize_weights, schemes, verify
 from llmc.passes.goal import Goal
 from llmc.passes.pipeline import PIPELINE, Stage
+from llmc.passes.weight_uses import weight_uses
 from tests import textbook
 from tests.serving import GOAL
 
@@ -163,3 +164,48 @@ def test_the_plan_serves_every_token_side_by_side():
 
 def test_unchanged_modules_cost_nothing(model, verifier):
     assert verifier.on_pass(1, PIPELINE[0].passes[0], model[0], model[0]) is None
+
+
+def quantized_weights(module, weights, goal):
+    """Weights by name, and the parts of those that goal.schemes names."""
+    found = dict(weights)
+    for name, scheme in goal.schemes.items():
+        found |= {f"{name}:{part}": p for part, p in scheme.encode(weights[name]).items()}
+    return found
+
+
+@pytest.mark.parametrize("scheme", ["int4-g16-zp", "int4-g16-a8"])
+def test_a_quantized_program_is_verified_as_what_its_codes_stand_for(model, scheme):
+    module, weights = model
+    names = [n for n, use in weight_uses(module).items() if use.roles]
+    goal = replace(GOAL, schemes=dict.fromkeys(names, schemes.parse(scheme)))
+    given = quantized_weights(module, weights, goal)
+    verifier = verify.Verifier(module, given, goal)
+    manager.run(module, goal, on_pass=verifier.on_pass)
+    assert verifier.tolerance == (verify.ROUNDED_FLIPS if scheme.endswith("a8") else verify.TOLERANCE["float32"])
+
+
+def test_parts_that_are_read_wrongly_are_seen(model, monkeypatch):
+    """A pass that takes the codes of zero for another: the fake-quantized program says so."""
+    module, weights = model
+    goal = replace(GOAL, schemes={"layers.0.down.weight": schemes.parse("int4-g16")})
+    given = quantized_weights(module, weights, goal)
+    right = quantize_weights.dequantize
+    monkeypatch.setattr(
+        quantize_weights, "dequantize", lambda bb, format, *parts: right(bb, replace(format, offset=7), *parts)
+    )
+    verifier = verify.Verifier(module, given, goal)
+    with pytest.raises(CompileError, match="quantize_weights changed what the program computes") as error:
+        manager.run(module, goal, on_pass=verifier.on_pass)
+    assert (error.value.pass_name, error.value.op) == ("quantize_weights", "dequantize")
+
+
+def test_a_fault_after_quantize_weights_is_found(model):
+    module, weights = model
+    goal = replace(GOAL, schemes={"layers.0.down.weight": schemes.parse("int4-g16")})
+    verifier = verify.Verifier(module, quantized_weights(module, weights, goal), goal)
+    *first, last = PIPELINE[1].passes
+    stages = (PIPELINE[0], Stage("weights", (*first, Fault(other_activation), last), PIPELINE[1].form))
+    with pytest.raises(CompileError, match="fault changed what the program computes") as error:
+        manager.run(module, goal, stages=stages, on_pass=verifier.on_pass)
+    assert error.value.pass_name == "fault"

@@ -82,7 +82,7 @@ def test_the_search_comes_near_the_best_there_is(name):
     # 8 bits are searched coarsely: what a lucky scale would gain there is nothing beside fewer bits' errors.
     assert found <= (2.0 if format.bits == 8 else 1.06) * best + 1e-12, (found / best, plain / best)
     if format.bits < 8 and not format.zeros and format.scale != "e8m0":
-        assert found < 0.98 * plain  # that the largest weight is just reached is seen
+        assert found < 0.99 * plain  # that the largest weight is just reached is seen
 
 
 @pytest.mark.parametrize("name", ["int4", "int4-g32-zp", "nf4-g32", "mxfp4", "int3"])
