@@ -1,28 +1,51 @@
 """Codes in words: what checkpoints store as int32 or bytes, taken apart into one byte a code."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
 from llmc.frontend.quantized.tensor import Computed
 from llmc.frontend.weights import LazyTensor
 
+TILE = 128  # rows that are taken apart at a time: what is in between stays in the cache
+# Two words of 12 bits are 3 bytes: the four codes of 3 bits that 12 bits hold, as bytes of a word.
+_FOUR_OF_3 = (np.arange(4096)[:, None] >> np.arange(0, 12, 3) & 7).astype(np.uint8).view("<u4").reshape(-1)
+
 
 def unpack(words: np.ndarray, bits: int) -> np.ndarray:
     """words [..., w] of int32 (or bytes) -> codes [..., w * word bits / bits] uint8, the lowest bits first.
 
-    A row is one stream of bits, so codes of 3 bits may lie across two words.
+    A row is one stream of bits, so codes of 3 bits may lie across two words. bits: 3, 4 or 8.
     """
     data = np.ascontiguousarray(words).view(np.uint8)
     if bits == 8:
         return data
     if bits == 4:
-        codes = np.empty((*data.shape[:-1], data.shape[-1] * 2), np.uint8)
-        codes[..., ::2], codes[..., 1::2] = data & 15, data >> 4
+        wide = data.astype("<u2")
+        return ((wide | wide << 4) & 0x0F0F).view(np.uint8)
+    filler = -data.shape[-1] % 3
+    if filler:
+        data = np.concatenate([data, np.zeros((*data.shape[:-1], filler), np.uint8)], axis=-1)
+    three = data.reshape(*data.shape[:-1], -1, 3).astype(np.uint16)
+    codes = np.empty((*three.shape[:-1], 2), "<u4")
+    codes[..., 0] = _FOUR_OF_3[three[..., 0] | (three[..., 1] & 15) << 8]
+    codes[..., 1] = _FOUR_OF_3[three[..., 1] >> 4 | three[..., 2] << 4]
+    return codes.view(np.uint8).reshape(*data.shape[:-1], -1)
+
+
+def _tiled(shape: tuple[int, ...], rows: Callable[[int, int], np.ndarray]) -> LazyTensor:
+    """Codes [o, i] whose rows are computed TILE at a time."""
+
+    def read(start: int, stop: int) -> np.ndarray:
+        if stop - start <= TILE:
+            return rows(start, stop)
+        codes = np.empty((stop - start, *shape[1:]), np.uint8)
+        for at in range(start, stop, TILE):
+            codes[at - start : at - start + TILE] = rows(at, min(at + TILE, stop))
         return codes
-    stream = np.unpackbits(data, axis=-1, bitorder="little")
-    digits = stream.reshape(*stream.shape[:-1], -1, bits)
-    return (digits << np.arange(bits, dtype=np.uint8)).sum(-1, dtype=np.uint8)
+
+    return Computed(shape, "uint8", read)
 
 
 def along_rows(words: LazyTensor, bits: int, depth: int, inputs: np.ndarray | None = None) -> LazyTensor:
@@ -33,9 +56,9 @@ def along_rows(words: LazyTensor, bits: int, depth: int, inputs: np.ndarray | No
 
     def rows(start: int, stop: int) -> np.ndarray:
         codes = unpack(words.read(start, stop), bits)
-        return codes[..., :depth] if inputs is None else codes[..., inputs]
+        return codes[..., :depth] if inputs is None else codes.take(inputs, axis=-1)
 
-    return Computed((*words.shape[:-1], depth), "uint8", rows)
+    return _tiled((*words.shape[:-1], depth), rows)
 
 
 def along_columns(words: LazyTensor, bits: int, inputs: np.ndarray | None = None) -> LazyTensor:
@@ -46,9 +69,9 @@ def along_columns(words: LazyTensor, bits: int, inputs: np.ndarray | None = None
 
     def rows(start: int, stop: int) -> np.ndarray:
         codes = unpack(words.narrow(1, start, stop).read().T, bits)
-        return codes if inputs is None else codes[:, inputs]
+        return codes if inputs is None else codes.take(inputs, axis=1)
 
-    return Computed((words.shape[1], words.shape[0] * 32 // bits), "uint8", rows)
+    return _tiled((words.shape[1], words.shape[0] * 32 // bits), rows)
 
 
 def as_bytes(tensor: LazyTensor) -> LazyTensor:
@@ -75,12 +98,17 @@ def across(
         found = words.narrow(1, low, high).read()
         if plus:
             found = (found.view(np.uint32) + np.uint32(plus)).view(np.int32)
-        codes = unpack(found, bits)
-        if places is not None:
-            codes = codes.reshape(len(codes), -1, len(places))[..., places].reshape(len(codes), -1)
-        return np.ascontiguousarray(codes[:, start - first : stop - first].T)
+        if 32 % bits:
+            codes = unpack(found, bits).T
+        else:  # a code of every word at a time: rows of the result are written whole
+            turned, each = np.ascontiguousarray(found.T).view(np.uint32), 32 // bits
+            codes = np.empty((len(turned), each, found.shape[0]), np.uint8)
+            for at, place in enumerate(range(each) if places is None else places):
+                codes[:, at] = turned >> np.uint32(bits * place) & np.uint32((1 << bits) - 1)
+            codes = codes.reshape(-1, found.shape[0])
+        return np.ascontiguousarray(codes[start - first : stop - first])
 
-    return Computed((columns, words.shape[0]), "uint8", rows)
+    return _tiled((columns, words.shape[0]), rows)
 
 
 def down(words: LazyTensor, bits: int, columns: int) -> LazyTensor:
