@@ -293,21 +293,31 @@ def _weights(work: Work, recipes: dict[str, Any], report: Progress) -> dict:
 
 
 def _random_weights(work: Work, recipes: dict[str, Any], report: Progress) -> dict:
-    """Describe what the recipes make of random weights: mean and spread of a few rows; -> the manifest's entry."""
+    """Describe what the recipes make of random weights, by a few rows; -> the manifest's entry."""
+    described = {}
+    for done, (name, recipe) in enumerate(recipes.items(), 1):
+        rows = next(recipe.slices(size=1 << 18))
+        described[name] = {"shape": list(recipe.shape), "dtype": recipe.dtype} | _law(rows, recipe)
+        report("describing weights", done / len(recipes))
+    hashes = dict.fromkeys(described, "")
+    return {"file": "", "header_sha256": "", "tensors": hashes, "random": described, "seed": 0}
+
+
+def _law(rows: Any, recipe: Any) -> dict[str, Any]:
+    """The law of a sample: bytes that occur in codes, mean and spread of all else; scales are positive."""
     import numpy as np
 
     from llmc.codegen.weights import numpy_dtype
 
-    described = {}
-    for done, (name, recipe) in enumerate(recipes.items(), 1):
-        rows = next(recipe.slices(size=1 << 18))
-        numbers = rows.view(numpy_dtype(recipe.dtype)).astype(np.float32)
-        mean, spread = (float(f"{value:.2g}") for value in (numbers.mean(), numbers.std()))
-        mean = 0.0 if abs(mean) < spread / 10 else mean  # what is left of a sample's mean
-        described[name] = {"shape": list(recipe.shape), "dtype": recipe.dtype, "mean": mean, "spread": spread}
-        report("describing weights", done / len(recipes))
-    hashes = dict.fromkeys(described, "")
-    return {"file": "", "header_sha256": "", "tensors": hashes, "random": described, "seed": 0}
+    sources = [str(name) for name in recipe.function.attrs["llmc.sources"]]
+    if recipe.dtype == "uint8":
+        occurs = np.bincount(rows.ravel(), minlength=256) > 0
+        return {"bytes": np.packbits(occurs).tobytes().hex()}
+    numbers = rows.view(numpy_dtype(recipe.dtype)).astype(np.float32)
+    numbers = np.abs(numbers) if all(name.endswith(":scales") for name in sources) else numbers
+    mean, spread = (float(f"{value:.2g}") for value in (numbers.mean(), numbers.std()))
+    mean = 0.0 if abs(mean) < spread / 10 else mean  # what is left of a sample's mean
+    return {"mean": mean, "spread": spread}
 
 
 def _files(work: Work, files: dict[str, bytes]) -> dict[str, str]:

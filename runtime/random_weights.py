@@ -18,19 +18,22 @@ class RandomWeights(Mapping[str, np.ndarray]):
     """`weights[name]`: a new array of normally distributed numbers; the same seed and name give the same ones.
 
     described: name -> {"shape", "dtype", "mean", "spread"}, spread being the standard deviation; only float dtypes have
-    any. Raises ArtifactError for a description that is none.
+    any. Codes of quantized weights are {"shape", "dtype": "uint8", "bytes"}: 64 hexadecimal digits, whose bit b
+    (counted from the highest) says whether byte b may occur; each of those is as likely. Raises ArtifactError for a
+    description that is none.
     """
 
     def __init__(self, described: Mapping[str, Mapping], seed: int):
         self.seed = seed
         self.specs: dict[str, Spec] = {}
-        self._laws: dict[str, tuple[float, float]] = {}
+        self._laws: dict[str, tuple[float, float] | bytes] = {}
         for name, what in described.items():
             try:
                 spec = Spec(tuple(int(d) for d in what["shape"]), what["dtype"])
                 if spec.dtype not in DTYPES or min(spec.shape, default=0) < 0:
                     raise ValueError(f"{spec}")
-                self.specs[name], self._laws[name] = spec, (float(what["mean"]), float(what["spread"]))
+                self.specs[name] = spec
+                self._laws[name] = _codes(spec, what["bytes"]) if "bytes" in what else _law(what)
             except (KeyError, TypeError, ValueError) as error:
                 raise ArtifactError(
                     f"random tensor {name}: expected shape, dtype, mean and spread, found {what!r:.80} ({error!r}); "
@@ -39,8 +42,8 @@ class RandomWeights(Mapping[str, np.ndarray]):
         self._drawn: dict[tuple, np.ndarray] = {}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        spec, (mean, spread) = self.specs[name], self._laws[name]
-        numbers = self._numbers(spec.dtype, mean, spread)
+        spec, law = self.specs[name], self._laws[name]
+        numbers = self._bytes(law) if isinstance(law, bytes) else self._numbers(spec.dtype, *law)
         found = np.empty(math.prod(spec.shape), numbers.dtype)
         start, at = zlib.crc32(name.encode()) % len(numbers), 0
         while at < len(found):
@@ -62,8 +65,27 @@ class RandomWeights(Mapping[str, np.ndarray]):
             self._drawn[key] = numbers.astype(DTYPES[dtype][1], copy=False)
         return self._drawn[key]
 
+    def _bytes(self, values: bytes) -> np.ndarray:
+        """The drawn bytes, of these values."""
+        if (values,) not in self._drawn:
+            places = np.random.default_rng(self.seed).integers(0, len(values), DRAWN)
+            self._drawn[values,] = np.frombuffer(values, np.uint8)[places]
+        return self._drawn[values,]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
 
     def __len__(self) -> int:
         return len(self.specs)
+
+
+def _law(what: Mapping) -> tuple[float, float]:
+    return float(what["mean"]), float(what["spread"])
+
+
+def _codes(spec: Spec, digits: str) -> bytes:
+    """The bytes that may occur."""
+    found = np.flatnonzero(np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8)))
+    if spec.dtype != "uint8" or len(digits) != 64 or not found.size:
+        raise ValueError(f"{spec}")
+    return found.astype(np.uint8).tobytes()

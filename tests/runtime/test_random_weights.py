@@ -53,3 +53,22 @@ def test_rows_longer_than_what_is_drawn_go_round():
 def test_a_damaged_description_is_refused(damage):
     with pytest.raises(ArtifactError, match="random tensor w: expected shape, dtype, mean and spread"):
         RandomWeights({"w": DESCRIBED["matrix"] | damage}, seed=0)
+
+
+CODES = {"shape": [500, 100], "dtype": "uint8", "bytes": "f" * 31 + "e" + "0" * 32}  # 0 to 126: no NaN of 8-bit floats
+
+
+def test_codes_are_uniform_over_the_bytes_that_may_occur():
+    weights = RandomWeights({"codes": CODES, "other": CODES}, seed=0)
+    codes = weights["codes"]
+    assert codes.shape == (500, 100) and codes.dtype == np.uint8
+    counts = np.bincount(codes.ravel(), minlength=256)
+    assert not counts[127:].any()
+    assert abs(counts[:127] / (50000 / 127) - 1).max() < 0.3  # of 394 each: five times the root
+    assert not np.array_equal(codes, weights["other"])
+
+
+@pytest.mark.parametrize("damage", [{"bytes": "00" * 32}, {"bytes": "ff"}, {"bytes": "x" * 64}, {"dtype": "float32"}])
+def test_damaged_codes_are_refused(damage):
+    with pytest.raises(ArtifactError, match="random tensor w: expected"):
+        RandomWeights({"w": CODES | damage}, seed=0)
