@@ -34,6 +34,11 @@ class Backend(Protocol):
     def activations(self) -> tuple[str, ...]:
         """Dtypes that products take and give, float32 first."""
 
+    @property
+    def invariant(self) -> bool:
+        """Whether every kernel takes its sums in one order, whatever else is in the step; else each says, see
+        `invariance`."""
+
     def pack(
         self, emit: Callable, parts: Sequence[relax.Expr], columns: int, depth: int, weight: Weight
     ) -> list[relax.Expr]:

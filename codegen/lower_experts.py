@@ -12,6 +12,7 @@ from llmc.ir.ops import attributes_of, op_of
 from llmc.ir.rewrite import Rewriter, bindings
 
 from .backend import activation_dtype, backend, label
+from .invariance import arguments, declared
 from .lower_matmul import unrounded
 from .weight_only import FLOATS, WeightOnly, rows_of
 
@@ -62,12 +63,14 @@ class _Lower(Rewriter):
             bias=str(bias[0].ty.dtype) if bias else None,
             rounded=rounded,
         )
+        kernel = declared(kernel, self.machine.invariant)
         name = f"expert_linear_{experts}x{columns}x{depth}"
         if not isinstance(rows.weight, str):
             name += f"_{label(rows.weight, rounded)}"
-        kernel = self.builder.add_func(kernel.without_attr("global_symbol"), name)
+        called = self.builder.add_func(kernel.without_attr("global_symbol"), name)
         packed = self.machine.pack(self.emit, rows.parts, columns, depth, rows.weight)
         if str(x.ty.dtype) != activation:
             x = self.emit(R.astype(x, activation))
-        y = R.call_tir(kernel, [x, *packed, self.get(ids), *bias], relax.TensorType(var.ty.shape, activation))
+        given = arguments(kernel, [x, *packed, self.get(ids), *bias])
+        y = R.call_tir(called, given, relax.TensorType(var.ty.shape, activation))
         return y if activation == wanted else R.astype(self.emit(y), wanted)

@@ -12,6 +12,7 @@ from llmc.ir.quantized import activation_group
 from llmc.ir.rewrite import Rewriter, bindings, op_name
 
 from .backend import activation_dtype, backend, label
+from .invariance import arguments, declared
 from .weight_only import FLOATS, WeightOnly, rows_of, variables
 
 __all__ = ["LowerMatmul"]
@@ -79,8 +80,9 @@ class _Lower(Rewriter):
         out = self._out(var)
         packed = self.machine.pack(self.emit, parts, columns, depth, weight)
         kernel = self.machine.matmul(columns, depth, weight=weight, activation=activation, out=out, rounded=rounded)
+        kernel = declared(kernel, self.machine.invariant)
         name = f"matmul_{columns}x{depth}" + ("" if weight == "float32" else f"_{label(weight, rounded)}")
-        kernel = self.builder.add_func(kernel.without_attr("global_symbol"), name)
+        called = self.builder.add_func(kernel.without_attr("global_symbol"), name)
         if str(x.ty.dtype) != activation:
             x = self.emit(R.astype(x, activation))
         lead = list(x.ty.shape)[:-1]
@@ -89,7 +91,7 @@ class _Lower(Rewriter):
             count = count * d
         if len(lead) != 1:
             x = self.emit(R.reshape(x, [count, depth]))
-        y = R.call_tir(kernel, [x, *packed], relax.TensorType([count, columns], out))
+        y = R.call_tir(called, arguments(kernel, [x, *packed]), relax.TensorType([count, columns], out))
         if len(lead) != 1:
             y = R.reshape(self.emit(y), [*lead, columns])
         wanted = str(var.ty.dtype)

@@ -11,6 +11,7 @@ from tvm import relax
 from llmc.ir.errors import CompileError
 from llmc.ir.kernels_form import check_kernels
 
+from .add_invariant_step import SUFFIX, AddInvariantStep
 from .add_sample import AddSample
 from .bundle_arguments import AddCopyPages, BundleArguments
 from .fuse_rows import FuseRows
@@ -47,6 +48,7 @@ KERNELS = Stage(
         AddSample(),
         BundleArguments(),
         Legalize(),
+        AddInvariantStep(),
     ),
     check_kernels,
 )
@@ -56,10 +58,10 @@ KERNELS = Stage(
 class Lowered:
     """A module in the kernels form, and how its weights are made.
 
-    module: embed, step, copy_pages_{g}, perhaps sample, and the kernels they call. weights: function -> names of its
-    weights, in the order of its last argument. recipes: name -> Relax function over checkpoint weights, whose attribute
-    "llmc.sources" names them. kernels: facts of every kernel, for the manifest. reference: what the module computes, in
-    plain loops (`plain.reference`), for a GPU target.
+    module: embed, step, copy_pages_{g}, perhaps sample and step_invariant, and the kernels they call. weights: function
+    -> names of its weights, in the order of its last argument. recipes: name -> Relax function over checkpoint weights,
+    whose attribute "llmc.sources" names them. kernels: facts of every kernel, for the manifest. reference: what the
+    module computes, in plain loops (`plain.reference`), for a GPU target.
     """
 
     module: tvm.IRModule
@@ -88,21 +90,23 @@ def lower(module: tvm.IRModule, goal, *, on_pass: Callable | None = None) -> Low
 def lowered(module: tvm.IRModule, reference: tvm.IRModule | None = None) -> Lowered:
     """A module that has been through KERNELS, taken apart into what is built and what is written."""
     recipes = {str(k): v for k, v in module.attrs[RECIPES].items()}
-    weights = {f: [str(n) for n in module[f].attrs["llmc.weights"]] for f in ("embed", "step")}
-    if any(v.name_hint == "sample" for v in module.functions):
+    there = {v.name_hint for v in module.functions}
+    with_weights = [f + s for s in ("", SUFFIX) for f in ("embed", "step") if f + s in there]
+    weights = {f: [str(n) for n in module[f].attrs["llmc.weights"]] for f in with_weights}
+    if "sample" in there:
         weights["sample"] = []
     return Lowered(module.without_attr(RECIPES), weights, recipes, kernel_facts(module), reference)
 
 
 def kernel_facts(module: tvm.IRModule) -> list[dict]:
-    """Name of every kernel and how many calls of it stand in the module's functions."""
+    """Name of every kernel and how many calls of it stand in the module's functions; those of a step count once."""
     calls: dict[str, int] = {}
 
     def count(e):
         if isinstance(e, relax.Call) and isinstance(e.op, tvm.ir.Op) and e.op.name.startswith("relax.call_tir"):
             calls[e.args[0].name_hint] = calls.get(e.args[0].name_hint, 0) + 1
 
-    for function in module.functions.values():
-        if isinstance(function, relax.Function):
+    for var, function in module.functions.items():
+        if isinstance(function, relax.Function) and not var.name_hint.endswith(SUFFIX):
             relax.analysis.post_order_visit(function.body, count)
     return [{"name": name, "calls": n} for name, n in sorted(calls.items())]

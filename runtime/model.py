@@ -34,10 +34,11 @@ def load(
 
     target: one of the artifact's ("cpu", "cuda", "cuda:sm_90"); default: the best one this machine can run.
     device: which of the machine's GPUs. cache_tokens: size of the page pool in tokens; default: on a CPU it grows on
-    demand, up to half of the free memory; on a GPU it takes what 90% of the free memory leaves. batch_invariant: a CPU
-    always is, in float32. Raises ArtifactError: not an artifact, damaged, another format or ABI version, no target for
-    this machine, a driver too old, a model too large for the device. The libraries are native code: load artifacts from
-    those you trust.
+    demand, up to half of the free memory; on a GPU it takes what 90% of the free memory leaves. batch_invariant: the
+    numbers of a sequence are the same bits whatever else runs beside it: on a GPU by kernels that are slower where
+    sequences are few; a CPU's always are, in float32. Raises ArtifactError: not an artifact, damaged, another format or
+    ABI version, no target for this machine, a driver too old, a model too large for the device; RequestError:
+    batch_invariant where kernels can't be. The libraries are native code: load artifacts from those you trust.
     """
     folder = Path(path)
     manifest = artifact.read(folder)
@@ -46,12 +47,9 @@ def load(
         isinstance(cache_tokens, bool) or not isinstance(cache_tokens, int) or cache_tokens < 1
     ):
         raise RequestError(f"cache_tokens: expected a whole number of at least 1, found {cache_tokens!r}")
-    if batch_invariant and entry.kind != "cpu":
-        raise RequestError(
-            f"batch_invariant: the kernels of {entry.target} sum in an order that depends on the number of rows; "
-            "leave it out, or load the artifact's cpu target"
-        )
-    executor = open_executor(folder, manifest, entry, cache_tokens=cache_tokens, device=device)
+    executor = open_executor(
+        folder, manifest, entry, cache_tokens=cache_tokens, device=device, batch_invariant=batch_invariant
+    )
     tokenizer = Tokenizer(folder, list(manifest.files)) if "tokenizer.json" in manifest.files else None
     ends = _eos_token_ids(folder, manifest)
     # A GPU's pool is set aside anyway: all of it may hold what was computed.

@@ -8,6 +8,7 @@ numbers of rows and sequences alone.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import tvm
@@ -20,7 +21,7 @@ from . import attention_latent as latent
 from . import attention_squares as squares
 from . import attention_tiles as tiles
 from .attention_parts import Asked, Columns, Finish, Operands, Tile
-from .machine import BYTES, LOG2E, Machine, flat, i32, i64, kernel, loop, when
+from .machine import BYTES, INVARIANT, LOG2E, Machine, flat, i32, i64, kernel, loop, when
 from .ragged import sequence_of
 
 __all__ = ["paged_attention"]
@@ -46,7 +47,7 @@ def paged_attention(
     sinks: bool = False,
     v_width: int = 0,
     *,
-    batch_invariant: bool = False,
+    batch_invariant: bool | None = False,
     name: str = "paged_attention",
 ) -> tvm.tirx.PrimFunc:
     """The kernel of `llmc.ir.paging.paged_attention`: same parameters, same arguments, same meaning.
@@ -56,8 +57,9 @@ def paged_attention(
       v_pages [p, kv_heads, page_size, v_dim] dtype, unless v_width > 0; sinks [heads] float32, if `sinks`;
       qo_indptr [b+1], kv_indptr [b+1], kv_indices [r], kv_last_page_len [b], all int32; out [n, heads, v_dim] dtype.
     dtype: "float32", "float16" or "bfloat16"; scores, softmax and sums are float32, rounded once at the end. n and b
-    may be 0. batch_invariant: a sequence's numbers are the same bits whatever else is in the step; its cache is not
-    split, which leaves most of the machine idle where sequences are few.
+    may be 0. batch_invariant: a token's numbers are the same bits whatever else is in the step, other tokens of its
+    own sequence too: all sequences go to the kernel that cuts rows into tiles, which leaves most of the machine idle
+    where sequences are few. None: every call says, by the argument `invariant` (int64, 0 or 1), right before out.
     """
     if keys_token_last or heads % kv_heads:
         raise ValueError(
@@ -73,16 +75,18 @@ def paged_attention(
     if sinks:
         params.append(("sinks", (heads,), "float32"))
     params += [("qo_indptr", ("b1",), "int32"), ("kv_indptr", ("b2",), "int32"), ("kv_indices", ("r",), "int32"),
-               ("kv_last_page_len", ("b",), "int32"), ("out", ("n", heads, v_dim), dtype)]  # fmt: skip
+               ("kv_last_page_len", ("b",), "int32"), *([INVARIANT] if batch_invariant is None else []),
+               ("out", ("n", heads, v_dim), dtype)]  # fmt: skip
 
     def body(symbols: dict, q: Any, k: Any, *rest: Any) -> None:
         arguments = list(rest)
         v = None if v_width else arguments.pop(0)
         sink = arguments.pop(0) if sinks else None
+        invariant = arguments.pop(-2) if batch_invariant is None else batch_invariant
         qo, kv, indices, last, out = arguments
         o = Operands(symbols["n"], symbols["b"], q, k, v, sink, qo, kv, indices, last, out)
         with when(T.And(o.n > 0, o.b > 0)):
-            _Launches(asked, o, batch_invariant).emit()
+            _Launches(asked, o).emit(invariant)
 
     return kernel(name, params, body)
 
@@ -101,18 +105,25 @@ def cut_of(asked: Asked, *, decode: bool) -> Cut:
 class _Launches:
     """The launches of one call."""
 
-    def __init__(self, asked: Asked, o: Operands, batch_invariant: bool):
-        self.m, self.asked, self.o, self.batch_invariant = Machine(asked.target), asked, o, batch_invariant
+    def __init__(self, asked: Asked, o: Operands):
+        self.m, self.asked, self.o = Machine(asked.target), asked, o
         self.few, self.many = cut_of(asked, decode=True), cut_of(asked, decode=False)
 
-    def emit(self) -> None:
+    def emit(self, invariant: Any) -> None:
+        """invariant: whether only what sums in one order may run, known now (a bool) or at the call (int64)."""
+        if invariant is True:
+            self.prefill(T.int32(0))
+        elif invariant is False:
+            self.shared(None)
+        else:
+            self.shared(invariant == 0)
+
+    def shared(self, may: Any) -> None:
+        """Both kernels, each with its sequences; may: whether the splitting one may have any, None: always."""
         asked, o, few = self.asked, self.o, self.few
-        if self.batch_invariant:  # which kernel takes a sequence depends on its own rows alone, and so does its order
-            self.decode(T.int32(1), T.int32(0), None, None)
-            self.prefill()
-            return
         # Where every sequence could have one row, the splitting kernel takes them all, also those that have more.
-        everything = T.bind(T.Cast("int32", o.n <= o.b))
+        alike = o.n <= o.b
+        everything = T.bind(T.Cast("int32", alike if may is None else T.And(may, alike)))
         # By comparison: common subexpressions move out of the guard against no sequences, a division with them.
         blocks = o.b * (asked.kv_heads * few.parts(asked))
         fill = max(1, asked.target.multiprocessors) * BLOCKS
@@ -123,11 +134,13 @@ class _Launches:
         found = T.bind(i64(splits) * (o.b * (few.rows * asked.heads)))  # query vectors, split by split
         sums = T.alloc_buffer((found * asked.v_dim,), "float32", scope="global")
         marks = T.alloc_buffer((found * 2,), "float32", scope="global")  # peak and total
-        self.decode(splits, everything, sums, marks)
-        with when(splits > 1):
-            self.merge(splits, everything, sums, marks)
+        few_rows = T.int32(few.rows) if may is None else T.bind(T.Select(may, T.int32(few.rows), T.int32(0)))
+        with nullcontext() if may is None else when(may):
+            self.decode(splits, everything, sums, marks)
+            with when(splits > 1):
+                self.merge(splits, everything, sums, marks)
         with when(everything == 0):
-            self.prefill()
+            self.prefill(few_rows)
 
     def head(self, cut: Cut, block: Any) -> tuple[Any, Any]:
         """The key head of a block and which part of its query heads."""
@@ -158,8 +171,6 @@ class _Launches:
 
                 def found(row: Any, head: Any, peak: Any, total: Any, tile: Tile = tile, place: Any = place) -> Columns:
                     """What a split found, or the answer where there is but one."""
-                    if sums is None:
-                        return self.answer(row, head, peak, total)
 
                     def store(column: Any, values: list[Any]) -> None:
                         with T.If(splits == 1):
@@ -216,9 +227,10 @@ class _Launches:
                     self.answer(T.bind(first + i), head, peak[0], total[0])(column, [value[0]])
                 m.barrier()
 
-    def prefill(self) -> None:
-        """A block computes a tile of rows of one sequence, for heads that share a key head.
+    def prefill(self, few: Any) -> None:
+        """A block computes a tile of rows of one sequence with more than `few`, for heads that share a key head.
 
+        Keys are taken in pieces that begin at multiples of a piece: a row's sums are in one order, whatever its tile.
         The tiles of sequence s have the numbers from ⌊qo_indptr[s] / rows⌋ + s on: more than it needs, by one at most,
         and found without counting what comes before.
         """
@@ -235,8 +247,9 @@ class _Launches:
                 s = T.bind(i64(found))
                 row = m.keep(o.qo_indptr[s] + (number - begin(s)) * cut.rows)
                 rows = m.keep(T.min(o.qo_indptr[s + 1] - row, T.int32(cut.rows)))
-                with when(T.And(rows > 0, o.qo_indptr[s + 1] - o.qo_indptr[s] > self.few.rows)):
+                with when(T.And(rows > 0, o.qo_indptr[s + 1] - o.qo_indptr[s] > few)):
                     tile = Tile(m, asked, o, s, row, rows)
+                    tile.align(m, cut.step(m.warp))
                     kv_head, part = self.head(cut, head)
                     self.attend(cut, tile, kv_head, part, self.answer)
 

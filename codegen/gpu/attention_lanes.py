@@ -187,7 +187,7 @@ class _Attend:
         there = position < tile.end
         if self.cut.rows > 1:
             there = T.And(there, position <= own)
-        if r and (self.asked.window or self.asked.chunk):
+        if (r or tile.lowest is not None) and (self.asked.window or self.asked.chunk):
             there = T.And(there, position >= self.asked.first_seen(own))
         return T.bind(there)
 

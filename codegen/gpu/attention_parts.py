@@ -117,6 +117,13 @@ class Tile:
         self.position = m.keep(length - (o.qo_indptr[s + 1] - row))
         self.begin = m.keep(asked.first_seen(self.position))
         self.end = m.keep(self.position + rows)
+        self.lowest: Any = None  # the first position that may be read, where pieces begin before it
+
+    def align(self, m: Machine, multiple: int) -> None:
+        """Begin at a multiple of so many positions, at hidden ones if need be: they are read as the first seen one."""
+        if self.asked.window or self.asked.chunk:
+            self.lowest = self.begin
+            self.begin = m.keep(T.floordiv(self.begin, T.int32(multiple)) * multiple)
 
     def share(self, m: Machine, parts: Any, least: int, multiple: int) -> Any:
         """How many positions each of so many parts has: at least so many, and a multiple of so many."""
@@ -132,6 +139,8 @@ class Tile:
     def token(self, m: Machine, position: Any, kv_head: Any) -> Any:
         """The number of the token at a position among all heads and slots of the pool, int64."""
         size = T.int32(self.asked.page_size)
+        if self.lowest is not None:
+            position = T.bind(T.max(position, self.lowest))
         number = i64(self.o.kv_indices[i64(self.pages + T.floordiv(position, size))])
         return (number * self.asked.kv_heads + kv_head) * self.asked.page_size + T.floormod(position, size)
 

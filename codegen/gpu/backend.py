@@ -20,6 +20,7 @@ class GpuBackend:
 
     target: Any
     activations: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    invariant: bool = False
 
     def pack(self, emit, parts, columns, depth, weight):
         from .pack import pack
@@ -35,7 +36,7 @@ class GpuBackend:
     def matmul(self, columns, depth, *, weight, activation, out, rounded=None):
         from .matmul import matmul
 
-        made = {"activation": activation, "out": out}
+        made = {"activation": activation, "out": out, "batch_invariant": None}
         if not isinstance(weight, str):
             kernels = self._quantized(weight)
             return kernels.matmul(self.target, columns, depth, format=weight, rounded=rounded, **made)
@@ -46,7 +47,7 @@ class GpuBackend:
         from .experts import expert_linear
 
         if not isinstance(weight, str):
-            made = {"activation": activation, "ids": ids, "bias": bias, "rounded": rounded}
+            made = {"activation": activation, "ids": ids, "bias": bias, "rounded": rounded, "batch_invariant": None}
             return self._quantized(weight).expert_linear(self.target, experts, columns, depth, format=weight, **made)
         return expert_linear(
             self.target,
@@ -58,6 +59,7 @@ class GpuBackend:
             out=activation,
             ids=ids,
             epilogue=Epilogue(bias=bias),
+            batch_invariant=None,
         )
 
     def take(self, rows, depth, *, weight, out, ids):
@@ -79,7 +81,7 @@ class GpuBackend:
     def paged_attention(self, **made: Any):
         from .attention import paged_attention
 
-        return paged_attention(self.target, **made)
+        return paged_attention(self.target, **made, batch_invariant=None)
 
     def copy_pages(self, page, dtype):
         from .append import copy_pages

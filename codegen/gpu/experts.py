@@ -18,7 +18,8 @@ from llmc.targets.gpu import GpuTarget
 
 from ..epilogue import Epilogue
 from . import gemm, gemv, simt
-from .machine import Machine, choose, i64, kernel, loop, when
+from .machine import INVARIANT, Machine, choose, i64, kernel, loop, when
+from .matmul import Cases, allowed
 from .matrix_units import MatrixUnit, matrix_unit
 from .memory import Memory
 from .product import Operands, Product, RowMap
@@ -40,7 +41,7 @@ def expert_linear(
     out: str | None = None,
     ids: str = "int32",
     epilogue: Epilogue | None = None,
-    batch_invariant: bool = False,
+    batch_invariant: bool | None = False,
     rounded: int | None = None,
     name: str = "expert_linear",
 ) -> tvm.tirx.PrimFunc:
@@ -49,25 +50,32 @@ def expert_linear(
     Arguments of the PrimFunc, in this order:
       x [s, depth] activation; the weight's tensors with [experts, columns, …], as those of `matmul`;
       ids [s] of dtype `ids`, each in 0 … experts-1; bias [experts, columns] epilogue.bias, if there is one;
-      residual [s, columns_out] epilogue.residual, if there is one; y [s, columns_out] out.
+      residual [s, columns_out] epilogue.residual, if there is one; invariant, if batch_invariant is None;
+      y [s, columns_out] out.
     Dtypes, epilogue, columns_out, rounded and batch_invariant as in `matmul`. s may be 0.
     """
     product = Product(target, columns, depth, weight, activation, out or activation, epilogue or Epilogue(), experts)
 
-    def body(symbols: dict, *buffers: Any) -> None:
+    def body(symbols: dict, *arguments: Any) -> None:
         n, machine = symbols["n"], Machine(target)
-        operands = Operands.of(product, machine, buffers, ids)
-        picked = Memory(buffers[1 + len(product.weight_tensors())])
+        *inputs, y = arguments
+        invariant = inputs.pop() if batch_invariant is None else batch_invariant
+        operands = Operands.of(product, machine, [*inputs, y], ids)
+        picked = Memory(inputs[1 + len(product.weight_tensors())])
 
         with when(n > 0):
             of = operands if rounded is None else round_rows(operands, n, rounded)
-            launches(of, picked, n, batch_invariant)
+            launches(of, picked, n, invariant)
 
-    return kernel(name, product.params(ids), body)
+    *inputs, y = product.params(ids)
+    return kernel(name, [*inputs, *([INVARIANT] if batch_invariant is None else []), y], body)
 
 
-def launches(operands: Operands, picked: Memory, n: Any, batch_invariant: bool) -> None:
-    """The kernels of n rows, n int64 and not 0, of which those of one case are launched. picked: experts of rows."""
+def launches(operands: Operands, picked: Memory, n: Any, invariant: Any) -> None:
+    """The kernels of n rows, n int64 and not 0, of which those of one case are launched.
+
+    picked: experts of rows. invariant: as of matmul.launches.
+    """
     product, machine = operands.product, operands.machine
     target, columns, experts = product.target, product.columns, product.experts or 1
 
@@ -99,7 +107,7 @@ def launches(operands: Operands, picked: Memory, n: Any, batch_invariant: bool) 
         return together(tiling.rows, tiling.warps * target.warp, tiling.column_map(product, unit).tiles, emit)
 
     unit = matrix_unit(machine, product)
-    cases = [(n <= max(FEW, experts), alone)]
+    cases: Cases = [(n <= max(FEW, experts), alone)]
     if unit is None:
         many = together(simt.SIDE, simt.THREADS, simt.column_map(product).tiles,
                         lambda rows, column_tile: simt.tile(operands, rows, column_tile))  # fmt: skip
@@ -107,7 +115,7 @@ def launches(operands: Operands, picked: Memory, n: Any, batch_invariant: bool) 
         short, middle, _ = gemm.tilings(target, product.weight)
         cases.append((n <= 2 * short.rows * experts, on_unit(unit, short)))
         many = on_unit(unit, middle)
-    choose([] if batch_invariant else cases, many)
+    choose(allowed(cases, len(cases), invariant), many)
 
 
 def sort(m: Machine, ids: Memory, n: Any, expert: Any, height: int, order: Memory, plan: Memory) -> None:

@@ -20,32 +20,52 @@ from tvm.tirx.script import builder as T
 from llmc.targets import GpuTarget
 
 from ..cpu.vector import Params, Symbols, choose, i64, when
+from ..invariance import ASKED, INVARIANCE
 
-__all__ = ["LEAST", "NOTHING", "Machine", "bits", "choose", "flat", "i64", "kernel", "loop", "when", "whole"]
+__all__ = [
+    "INVARIANT",
+    "LEAST",
+    "NOTHING",
+    "Machine",
+    "bits",
+    "choose",
+    "flat",
+    "i64",
+    "kernel",
+    "loop",
+    "when",
+    "whole",
+]
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "uint16": 2, "uint32": 4, "int32": 4, "int64": 8}
 # Fast math (MSL) may take infinities for numbers that can't be: masks are finite.
 LEAST = -3e38  # a masked score: exp2(LEAST - NOTHING) is 0
 NOTHING = -1e30  # a peak before the first score: exp2(NOTHING - score) is 0
 LOG2E = 1.4426950408889634
+# The parameter, a number and no buffer, by which a call says whether sums may depend on what else is in the step.
+INVARIANT = ("invariant", (), "int64")
 
 
 def kernel(name: str, params: Params, body: Callable[..., None]) -> tvm.tirx.PrimFunc:
     """A PrimFunc named `name` with buffers `params` (name, shape, dtype); a str in a shape is a symbolic dimension.
 
     `body(symbols, *buffers)` emits it: host code with launches (`Machine.launch`) in it. Buffers don't overlap. The
-    function is scheduled: no pass touches its loops.
+    function is scheduled: no pass touches its loops. With a parameter INVARIANT it says that its caller chooses.
     """
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(name)
         T.func_attr({"global_symbol": name, "tirx.noalias": True, "tirx.is_scheduled": True})
+        if INVARIANT in params:
+            T.func_attr({INVARIANCE: ASKED})
         symbols: Symbols = {}
         for _, shape, _ in params:
             for size in shape:
                 if isinstance(size, str) and size not in symbols:
                     symbols[size] = T.int64()
         buffers = [
-            T.arg(p, T.buffer(tuple(symbols[s] if isinstance(s, str) else T.int64(s) for s in shape), dtype))
+            T.arg(p, T.int64())
+            if (p, shape, dtype) == INVARIANT
+            else T.arg(p, T.buffer(tuple(symbols[s] if isinstance(s, str) else T.int64(s) for s in shape), dtype))
             for p, shape, dtype in params
         ]
         body(symbols, *buffers)

@@ -44,7 +44,7 @@ def matmul(
     out: str,
     rounded: int | None = None,
     epilogue: Epilogue | None = None,
-    batch_invariant: bool = False,
+    batch_invariant: bool | None = False,
 ) -> tvm.tirx.PrimFunc:
     """matmul(x, *packed, y): see llmc.codegen.gpu.matmul.matmul.
 
@@ -74,7 +74,7 @@ def expert_linear(
     ids: str,
     bias: str | None = None,
     rounded: int | None = None,
-    batch_invariant: bool = False,
+    batch_invariant: bool | None = False,
 ) -> tvm.tirx.PrimFunc:
     """expert_linear(x, *packed, ids, (bias,) y): see llmc.codegen.gpu.experts.expert_linear; rounded as of matmul."""
     return experts_.expert_linear(

@@ -35,6 +35,7 @@ class PlainBackend:
     """See llmc.codegen.backend.Backend; only what PASSES ask for. Weights lie as the GPU's."""
 
     target: PlainTarget
+    invariant: bool = True
 
     @property
     def machine(self) -> Backend:

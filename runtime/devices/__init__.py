@@ -15,18 +15,26 @@ MOST_PAGES = (1 << 31) - 1  # their numbers are int32
 
 
 def open_executor(
-    folder: Path, manifest: Manifest, target: TargetEntry, *, cache_tokens: int | None = None, device: int = 0
+    folder: Path,
+    manifest: Manifest,
+    target: TargetEntry,
+    *,
+    cache_tokens: int | None = None,
+    device: int = 0,
+    batch_invariant: bool = False,
 ) -> Executor:
     """An artifact's target, ready to run, with a cache of so many tokens.
 
     cache_tokens None: on a CPU the cache grows on demand, up to half of the free memory; on a GPU it takes what is left
-    of 90% of the free memory. device: which of the machine's GPUs. Raises ArtifactError: damaged, not for this machine,
-    too large for the device's memory; RequestError: a device that there is not.
+    of 90% of the free memory. device: which of the machine's GPUs. batch_invariant: a sequence's numbers are the same
+    bits whatever else is in the step, as they are on a CPU anyway. Raises ArtifactError: damaged, not for this machine,
+    too large for the device's memory; RequestError: a device that there is not, or no invariant functions.
     """
     if target.kind != "cpu":
         from .gpu import GpuExecutor
 
-        return GpuExecutor(folder, manifest, target, cache_tokens=cache_tokens, device=device)
+        return GpuExecutor(folder, manifest, target, cache_tokens=cache_tokens, device=device,
+                           batch_invariant=batch_invariant)  # fmt: skip
     from .cpu import CpuExecutor, available_bytes
 
     if device != 0:

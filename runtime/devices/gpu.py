@@ -77,14 +77,17 @@ class GpuExecutor:
         *,
         cache_tokens: int | None = None,
         device: int = 0,
+        batch_invariant: bool = False,
         machine: Any = None,
     ):
-        """machine: the library's functions by name, if somebody else has opened it.
+        """batch_invariant: run the functions whose sums are in one order, whatever else is in the step. machine: the
+        library's functions by name, if somebody else has opened it.
 
         Raises ArtifactError: damaged, a library that can't be opened, a model too large for the device's memory;
-        RequestError: no device of that number.
+        RequestError: no device of that number, or batch_invariant where the library has no such functions.
         """
         self.groups = target.state
+        uses = {f: chosen(target, f, batch_invariant) for f in ("embed", "step")}
         weights = check(folder, manifest, target)
         self._device = (DEVICE_TYPES[target.kind], device)
         if machine is None:
@@ -96,7 +99,7 @@ class GpuExecutor:
         else:
             machine["vm_initialization"](*self.devices)
         self._runtime = _Runtime(self._device, views=target.kind != "metal")
-        names = list(dict.fromkeys(name for f in ("embed", "step") for name in target.functions[f].weights))
+        names = list(dict.fromkeys(name for f in uses.values() for name in target.functions[f].weights))
         specs = {name: Spec(*weights.specs[name]) for name in names}
         needed = {
             "weights": sum(spec.bytes for spec in specs.values()),
@@ -106,7 +109,7 @@ class GpuExecutor:
         held = {name: self._runtime.send(weights[name], specs[name]) for name in names}
         convert = ffi().convert
         self._weights: Any = {
-            f: convert([held[name] for name in target.functions[f].weights]) for f in ("embed", "step")
+            f: convert([held[name] for name in target.functions[use].weights]) for f, use in uses.items()
         }
         pools = [
             [self._runtime.empty((count, *t.shape), t.dtype) for t in group.tensors]
@@ -114,7 +117,7 @@ class GpuExecutor:
         ]
         self._group_pages: Any = [convert(tensors) for tensors in pools]
         self._all_pages: Any = convert([tensor for tensors in pools for tensor in tensors])
-        self._embed, self._step = function(machine, target, "embed"), function(machine, target, "step")
+        self._embed, self._step = (function(machine, target, use) for use in uses.values())
         self._copies: Any = [function(machine, target, f"copy_pages_{i}") for i in range(len(target.state))]
         self._sample: Any = function(machine, target, "sample") if "sample" in target.functions else None
         self._machine = machine
@@ -271,6 +274,18 @@ class _Runtime:
     def close(self) -> None:
         self._pieces.clear()
         self._sent.clear()
+
+
+def chosen(target: TargetEntry, function: str, batch_invariant: bool) -> str:
+    """The function of a library that is to run. Raises RequestError: its sums depend on what else is in the step."""
+    if not batch_invariant:
+        return function
+    if "step_invariant" not in target.functions:
+        raise RequestError(
+            f"batch_invariant: {target.target} has kernels that sum in an order that depends on the number of rows, "
+            "and no others; leave it out, compile the model again with this llmc, or load the artifact's cpu target"
+        )
+    return f"{function}_invariant" if f"{function}_invariant" in target.functions else function
 
 
 def gigabytes(size: int) -> str:

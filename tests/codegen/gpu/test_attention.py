@@ -124,6 +124,51 @@ def test_batch_invariant_sequences_are_the_same_bits_alone(kind, dtype, case):
     assert one.error(batch) < TOLERANCE[dtype]
 
 
+class Moved(Case):
+    """The rows of one long sequence, as many at a time as a batch says: (length, new) is where they end."""
+
+    def sequences(self, batch, first=0):
+        longest = 130
+        k = pages.normal([0, 1], (longest, self.kv_heads, self.head_dim), self.dtype)
+        v = pages.normal([0, 2], (longest, self.kv_heads, self.v_dim), self.dtype)
+        q = pages.normal([0, 0], (longest, self.heads, self.head_dim), self.dtype, 2)
+        for length, new in batch:
+            key = k[:length]
+            yield q[length - new : length], key, key[..., : self.v_dim] if self.options.get("v_width") else v[:length]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "case"),
+    [("cuda", "bfloat16", "sinks"), ("cuda", "float32", "window in chunk"), ("rocm", "float16", "window"),
+     ("metal", "float16", "chunk"), ("cuda", "float16", "latent, many heads")],
+)  # fmt: skip
+def test_batch_invariant_tokens_are_the_same_bits_whatever_comes_with_them(kind, dtype, case):
+    """Prefill in one piece, in two, and token by token: in a step, what a sequence gets depends on the others."""
+    one = Moved(kind, dtype, case, batch_invariant=True)
+    [whole] = one.answers([(130, 130)])
+    for batch in ([(71, 71), (130, 59)], [(1, 1), (64, 1), (65, 1), (100, 3), (130, 1)]):
+        for (length, new), found in zip(batch, one.answers(batch), strict=True):
+            assert np.array_equal(found, whole[length - new : length]), (length, new)
+    assert one.error([(130, 130)]) < TOLERANCE[dtype]
+
+
+def test_a_call_says_whether_sums_are_in_one_order():
+    from llmc.codegen.software_device import Unwritten, check_all
+
+    case = Moved("cuda", "float16", "alone", batch_invariant=None)
+    batch = [(100, 1), (7, 1)]
+    table = pages.tables(batch, case.page_size)
+    queries, keys, values = zip(*case.sequences(batch), strict=True)
+    q = np.concatenate(queries)
+    pools = [pages.paged(x, table, case.page_size) for x in (keys, values)]
+    out = Unwritten((len(q), case.heads, case.v_dim), case.dtype)
+    found = [check_all(case.kernel, case.target, [q, *pools, *table.values(), asked, out])[-1] for asked in (0, 1)]
+    split = Moved("cuda", "float16", "alone").answers(batch)
+    invariant = Moved("cuda", "float16", "alone", batch_invariant=True).answers(batch)
+    assert np.array_equal(found[0], np.concatenate(split)) and np.array_equal(found[1], np.concatenate(invariant))
+    assert not np.array_equal(*found)
+
+
 def without(what):
     """A copy to shared memory that lacks its wait, or its barrier."""
     from tvm.tirx.script import builder as T

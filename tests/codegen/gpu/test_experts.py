@@ -1,5 +1,7 @@
 """Products whose weight an index picks, on the software device, strictly, against float64."""
 
+from dataclasses import replace
+
 import pytest
 
 from llmc import targets
@@ -20,6 +22,20 @@ def check(name, case, rows=ROWS):
 
 def gated(dtype):
     return Case(72, 136, dtype, dtype, experts=5, epilogue=Epilogue(bias="float32", gate="silu"))
+
+
+def test_a_call_says_whether_sums_are_in_one_order():
+    (target,) = targets.parse("cuda:sm_90")
+    case = Case(72, 136, "bfloat16", "bfloat16", out="float32", experts=3)
+    how = case.options() | {"ids": case.ids}
+    made = {of: expert_linear(target, 3, 72, 136, **how, batch_invariant=of) for of in (False, True, None)}
+    *given, y = case.arguments(40)
+    for asked in (False, True):
+        found = check_all(made[None], target, [*given, int(asked), y])[-1]
+        assert found.tobytes() == check_all(made[asked], target, [*given, y])[-1].tobytes()
+    few = [a[:2] if len(a) == 40 else a for a in given]
+    part = check_all(made[True], target, [*few, replace(y, shape=(2, 72))])[-1]
+    assert part.tobytes() == found[:2].tobytes()
 
 
 QUICK = [

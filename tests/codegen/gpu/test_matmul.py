@@ -90,3 +90,14 @@ def test_batch_invariant_rows_are_the_same_bits_whatever_the_batch(name):
     for n in (1, 9, 130):
         part = check_all(kernel, target, [x[:n], w, replace(y, shape=(n, 72))])[-1]
         assert part.tobytes() == whole[:n].tobytes()
+
+
+def test_a_call_says_whether_sums_are_in_one_order():
+    (target,) = targets.parse("cuda:sm_90")
+    case = Case(72, 136, "bfloat16", "bfloat16", out="float32")
+    x, w, y = case.arguments(3)
+    made = {of: matmul(target, 72, 136, **case.options(), batch_invariant=of) for of in (False, True, None)}
+    for asked in (False, True):
+        found = check_all(made[None], target, [x, w, int(asked), y])[-1]
+        assert found.tobytes() == check_all(made[asked], target, [x, w, y])[-1].tobytes()
+        assert found.tobytes() != check_all(made[not asked], target, [x, w, y])[-1].tobytes()

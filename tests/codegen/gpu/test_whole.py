@@ -11,8 +11,8 @@ from tests.codegen.ragged import Llama, tables
 BATCHES = ([(0, 5), (0, 3)], [(5, 1), (3, 2)])
 
 
-def run(kind, dtype):
-    """-> for every step, (logits of the kernels, of the reference); and what functions are left in the module."""
+def built(kind, model):
+    """-> the model lowered; the software device's virtual machine; the packed weights."""
     import tvm
     from tvm import relax
 
@@ -20,23 +20,29 @@ def run(kind, dtype):
     from llmc.codegen.library import machine_code
     from llmc.codegen.software_device import device
     from llmc.codegen.weights import Recipe, numpy_dtype
-    from llmc.ir.evaluate import Reference
     from llmc.passes.goal import Goal
 
     facts = target(kind)
-    model = Llama(layers=1, dtype=dtype, checkpoint="bfloat16", token_last=False)
-    lowered = codegen.lower(model.module, Goal(target=facts, dtype=dtype, page_size=4))
+    lowered = codegen.lower(model.module, Goal(target=facts, dtype=model.dtype, page_size=4))
     device.install(kind, strict=True)
     executable, _ = machine_code(lowered.module, tvm.target.Target(facts.tvm(), host={"kind": "llvm"}))
-    machines = [
-        (relax.VirtualMachine(executable, tvm.device(kind, 0)), tvm.device(kind, 0)),
-        (Reference(lowered.reference).machine, tvm.cpu()),
-    ]
     sources = {name: Array(value) for name, value in model.weights.items()}
     weights = {
         name: np.concatenate(list(Recipe(f, sources).slices())).view(numpy_dtype(str(f.ret_ty.dtype)))
         for name, f in lowered.recipes.items()
     }
+    return lowered, relax.VirtualMachine(executable, tvm.device(kind, 0)), weights
+
+
+def run(kind, dtype):
+    """-> for every step, (logits of the kernels, of the reference)."""
+    import tvm
+
+    from llmc.ir.evaluate import Reference
+
+    model = Llama(layers=1, dtype=dtype, checkpoint="bfloat16", token_last=False)
+    lowered, device, weights = built(kind, model)
+    machines = [(device, tvm.device(kind, 0)), (Reference(lowered.reference).machine, tvm.cpu())]
     pools = [pool.numpy() for pool in model.pools()]
     found = [[] for _ in BATCHES]
     for machine, here in machines:
@@ -44,7 +50,7 @@ def run(kind, dtype):
         def put(array, here=here):
             return tvm.runtime.tensor(np.ascontiguousarray(array), device=here)
 
-        held = {f: [put(weights[n]) for n in names] for f, names in lowered.weights.items() if f != "sample"}
+        held = {f: [put(weights[n]) for n in lowered.weights[f]] for f in ("embed", "step")}
         pages = [put(pool) for pool in pools]
         for step, batch in enumerate(BATCHES):
             positions, qo, *table = tables(batch)
@@ -67,3 +73,49 @@ def test_a_step_is_what_the_plain_loops_compute(kind, dtype, bound, isolated):
     for kernels, plain in isolated(run, kind, dtype, timeout=400):
         assert np.isfinite(kernels).all()
         assert np.abs(kernels - plain).max() <= bound * (plain.max() - plain.min())
+
+
+TOKENS = (np.arange(21, dtype="int32") * 11) % 96
+# What a sequence gets in each step, beside others that are so long and get so many.
+SCENES = {
+    "alone, at once": [((0, 21), [])],
+    "in a batch": [((0, 21), [(0, 6), (4, 1)])],
+    "in pieces": [((0, 13), []), ((13, 5), [(3, 1), (0, 9)]), ((18, 3), [])],
+    "token by token at last": [((0, 18), []), ((18, 1), []), ((19, 1), [(7, 1), (2, 1)]), ((20, 1), [(0, 12)])],
+}
+
+
+def scenes(kind, dtype, window):
+    """-> of every scene, the sequence's logits [21, vocab]."""
+    import tvm
+
+    model = Llama(layers=1, dtype=dtype, checkpoint="bfloat16", token_last=False, window=window)
+    lowered, machine, weights = built(kind, model)
+
+    def put(array):
+        return tvm.runtime.tensor(np.ascontiguousarray(array), device=tvm.device(kind, 0))
+
+    assert "embed_invariant" not in lowered.weights  # it has no products
+    held = {f: [put(weights[n]) for n in lowered.weights[f]] for f in ("embed", "step_invariant")}
+    found = {}
+    for name, steps in SCENES.items():
+        pools = [put(pool.numpy()) for pool in model.pools()]
+        rows = []
+        for own, others in steps:
+            positions, qo, *table = tables([own, *others])
+            tokens = np.concatenate([TOKENS[own[0] : sum(own)], np.arange(qo[-1] - own[1], dtype="int32")])
+            hidden = machine["embed"](put(tokens), held["embed"])
+            given = (positions, qo, np.arange(qo[-1], dtype="int32"), *table)
+            rows.append(machine["step_invariant"](hidden, *map(put, given), pools, held["step_invariant"]).numpy())
+            rows[-1] = rows[-1][: own[1]]
+        found[name] = np.concatenate(rows)
+    return found
+
+
+@pytest.mark.parametrize(("kind", "dtype", "window"),
+                         [("cuda", "bfloat16", 0), ("rocm", "float16", 6), ("metal", "float32", 5)])  # fmt: skip
+def test_a_sequence_has_the_same_bits_whatever_else_is_in_its_steps(kind, dtype, window, isolated):
+    alone, *others = isolated(scenes, kind, dtype, window, timeout=400).values()
+    assert np.isfinite(alone).all() and alone.std() > 0
+    for found in others:
+        assert found.tobytes() == alone.tobytes()

@@ -1,11 +1,13 @@
 """The executor of a GPU: what is predicted at load, and what it refuses. What it computes is for tests/llmc."""
 
+from dataclasses import replace
+
 import pytest
 
 from llmc.runtime import libraries
 from llmc.runtime.artifact import Manifest, StateGroup, StateTensor, TargetEntry, WeightsEntry
 from llmc.runtime.devices import gpu, pages_of, token_bytes
-from llmc.runtime.errors import ArtifactError
+from llmc.runtime.errors import ArtifactError, RequestError
 
 # Two tensors of 8 KB a page of 16 tokens: 1 KB a token.
 PAGES = tuple(StateTensor(name, (16, 256), "float16") for name in "kv")
@@ -74,3 +76,20 @@ def test_a_runtime_library_that_is_not_there(isolated):
 
 def test_the_runtime_is_found_without_importing_tvm():
     assert (libraries._runtime_folder() / "libtvm_runtime.so").exists()
+
+
+def entry(*functions):
+    from llmc.runtime.artifact import Function
+
+    return replace(TARGET, functions={name: Function(()) for name in functions})
+
+
+def test_invariant_functions_run_where_they_are_asked_for():
+    plain, both = entry("embed", "step"), entry("embed", "step", "step_invariant")
+    assert [gpu.chosen(both, f, False) for f in ("embed", "step")] == ["embed", "step"]
+    assert [gpu.chosen(both, f, True) for f in ("embed", "step")] == ["embed", "step_invariant"]
+    with_products = entry("embed", "step", "embed_invariant", "step_invariant")
+    assert gpu.chosen(with_products, "embed", True) == "embed_invariant"
+    assert gpu.chosen(plain, "step", False) == "step"
+    with pytest.raises(RequestError, match=r"batch_invariant: cuda:sm_90 has kernels that sum in an order .* and no ot"):
+        gpu.chosen(plain, "step", True)
