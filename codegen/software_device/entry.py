@@ -111,7 +111,7 @@ int __tvm_ffi_{name}(void *, const DeviceAny *packed, int32_t, DeviceAny *result
   Frame_{name} frame{{{values}}};
   DeviceArgument tensors[] = {{{", ".join([*tensors, "{}"])}}};
   DeviceLaunch launch{{"{name}", {{1, 1, 1}}, {{1, 1, 1}}, 0, {kernel.warp}, {flags}, {text}, tensors, {len(tensors)},
-                      body_{name}, &frame}};
+                      body_{name}, &frame, sizeof frame}};
   {setup_lines}
   *result = DeviceAny{{}};
   return device_launch(&launch);

@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Iterable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from ..errors import ArtifactError, RequestError
 from ..executor import Draws, Table, aligned, aligned_copy, page_bytes
 from ..libraries import ffi, function, open_library, open_runtime
 from ..weights import DTYPES, Spec
-from . import drivers, pages_of, token_bytes
+from . import drivers, graphs, pages_of, token_bytes
 
 __all__ = ["GpuExecutor", "open_backend"]
 
@@ -79,9 +79,10 @@ class GpuExecutor:
         device: int = 0,
         batch_invariant: bool = False,
         machine: Any = None,
+        driver: graphs.CudaDriver | None = None,
     ):
         """batch_invariant: run the functions whose sums are in one order, whatever else is in the step. machine: the
-        library's functions by name, if somebody else has opened it.
+        library's functions by name, if somebody else has opened it; driver: of CUDA's graphs, None: there are none.
 
         Raises ArtifactError: damaged, a library that can't be opened, a model too large for the device's memory;
         RequestError: no device of that number, or batch_invariant where the library has no such functions.
@@ -96,6 +97,7 @@ class GpuExecutor:
                 raise RequestError(f"device: expected one of 0 … {there - 1}, found {device!r}")
             open_backend(target.kind)
             machine = open_library(inside(folder, target.library).resolve(), self.devices)
+            driver = graphs.CudaDriver() if target.kind == "cuda" and graphs.wanted() else None
         else:
             machine["vm_initialization"](*self.devices)
         self._runtime = _Runtime(self._device, views=target.kind != "metal")
@@ -121,6 +123,10 @@ class GpuExecutor:
         self._copies: Any = [function(machine, target, f"copy_pages_{i}") for i in range(len(target.state))]
         self._sample: Any = function(machine, target, "sample") if "sample" in target.functions else None
         self._machine = machine
+        self._graphs: graphs.Graphs | None = None
+        if driver is not None:
+            longest = int(manifest.model["max_context"])
+            self._graphs = graphs.Graphs(self._runtime, driver, self.groups, longest, self._decode)
         self._first_row = aligned(1)
 
     @property
@@ -154,18 +160,35 @@ class GpuExecutor:
         return pages
 
     def embed(self, tokens: np.ndarray) -> Any:
+        if self._graphs is not None and not self._graphs.refused:
+            return Tokens(tokens)  # a graph embeds them itself
+        return self._embedded(tokens)
+
+    def _embedded(self, tokens: np.ndarray) -> Any:
         return self._embed(*self._runtime.place("embed", [tokens]), self._weights["embed"])
 
     def step(
         self, hidden: Any, positions: np.ndarray, qo_indptr: np.ndarray, logit_rows: np.ndarray, tables: Sequence[Table]
     ) -> tuple[Any, int]:
         """-> the device's tensor, and how many of its rows were asked for."""
+        if isinstance(hidden, Tokens):
+            assert self._graphs is not None
+            logits = self._graphs.step(hidden.tokens, positions, qo_indptr, logit_rows, tables)
+            if logits is not None:
+                return logits, len(logit_rows)
+            hidden = self._embedded(hidden.tokens)
         rows = len(logit_rows)  # compiled code takes no empty tensor: ask for a row then, and drop it
         asked = logit_rows if rows else self._first_row
         placed = self._runtime.place(
             "step", [positions, qo_indptr, asked, *(array for table in tables for array in table)]
         )
         return self._step(hidden, *placed, self._all_pages, self._weights["step"]), rows
+
+    def _decode(self, tensors: Sequence[Any]) -> Any:
+        """The launches of a decoding step, over tensors of the device -> logits."""
+        tokens, *rest = tensors
+        hidden = self._embed(tokens, self._weights["embed"])
+        return self._step(hidden, *rest, self._all_pages, self._weights["step"])
 
     def fetch(self, logits: tuple[Any, int]) -> np.ndarray:
         tensor, rows = logits
@@ -188,13 +211,21 @@ class GpuExecutor:
         self._copies[group](*self._runtime.place("copy_pages", pairs), self._group_pages[group])
 
     def close(self) -> None:
+        if self._graphs is not None:
+            self._graphs.close()
         self._weights = self._all_pages = self._group_pages = None
         self._embed = self._step = self._sample = self._copies = self._machine = None
         self._runtime.close()
 
 
+class Tokens(NamedTuple):
+    """What `embed` gives where a graph may take the whole step."""
+
+    tokens: np.ndarray
+
+
 class _Runtime:
-    """Memory of one device, by the functions that TVM's runtime registers.
+    """Memory and streams of one device, by the functions that TVM's runtime registers.
 
     views: a tensor may begin anywhere in a piece of memory; otherwise every tensor has a piece of its own (Metal, whose
     memory is named by handles).
@@ -263,6 +294,27 @@ class _Runtime:
         """The array to the beginning of a piece."""
         view = View(piece.data_ptr(), (array.size,), array.dtype.name, self.device)
         self._copy(self.ffi.from_dlpack(view), np.ascontiguousarray(array))
+
+    def write(self, tensor: Any, start: int, array: np.ndarray) -> None:
+        """An array of int32 to a tensor of int32, from its element `start` on."""
+        view = View(tensor.data_ptr() + 4 * start, (array.size,), "int32", self.device)
+        self._copy(self.ffi.from_dlpack(view), array)
+
+    def open_stream(self) -> int:
+        """A new stream, to which this thread's launches go from now on."""
+        device, find = self.ffi.Device(*self.device), self.ffi.get_global_func
+        stream = find("runtime.Device_StreamCreate")(device)
+        find("runtime.Device_SetStream")(device, stream)
+        return stream
+
+    def wait(self, stream: int) -> None:
+        """Until all that was put on a stream is done."""
+        self.ffi.get_global_func("runtime.Device_StreamSync")(self.ffi.Device(*self.device), stream)
+
+    def close_stream(self, stream: int) -> None:
+        device, find = self.ffi.Device(*self.device), self.ffi.get_global_func
+        find("runtime.Device_SetStream")(device, 0)
+        find("runtime.Device_StreamFree")(device, stream)
 
     def fetch(self, tensor: Any) -> np.ndarray:
         """A tensor's numbers; waits for what computes them."""

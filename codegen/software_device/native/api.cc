@@ -51,26 +51,38 @@ struct Api {
   }
   virtual size_t data_size(const Tensor *t, void *) { return bytes_of(t->ndim, t->shape, t->dtype); }
   virtual void target_property(Device, const void *, Any *) {}
-  virtual void *allocate(Device, size_t bytes, size_t, DataType) { return device_allocate(bytes); }
+  virtual void *allocate(Device, size_t bytes, size_t, DataType) {
+    graphs_forbid("memory was allocated");
+    return device_allocate(bytes);
+  }
   virtual void *allocate_shape(Device, int ndim, const int64_t *shape, DataType dtype, void *) {
+    graphs_forbid("memory was allocated");
     return device_allocate(bytes_of(ndim, shape, dtype));
   }
-  virtual void release(Device, void *address) { device_free(address); }
+  virtual void release(Device, void *address) {
+    graphs_forbid("memory was given back");
+    device_free(address);
+  }
   virtual void copy_tensor(Tensor *from, Tensor *to, void *) {
     copy(from->data, from->byte_offset, to->data, to->byte_offset, bytes_of(from->ndim, from->shape, from->dtype),
          from->device, to->device, from->dtype, nullptr);
   }
-  virtual void *create_stream(Device) { return nullptr; }
-  virtual void free_stream(Device, void *) {}
-  virtual void sync_stream(Device, void *) {}
-  virtual void set_stream(Device, void *) {}
+  virtual void *create_stream(Device) { return malloc(1); }
+  virtual void free_stream(Device, void *stream) { free(stream); }
+  virtual void sync_stream(Device, void *) { graphs_forbid("a stream was waited for"); }
+  virtual void set_stream(Device, void *stream) { graphs_set_stream(stream); }
   virtual void *current_stream(Device) { return nullptr; }
   virtual void sync_streams(Device, void *, void *) {}
-  virtual void *allocate_workspace(Device, size_t bytes, DataType) { return device_allocate(bytes); }
-  virtual void free_workspace(Device, void *address) { device_free(address); }
+  virtual void *allocate_workspace(Device, size_t bytes, DataType) {
+    return graphs_pool() ? graphs_take_workspace(bytes) : device_allocate(bytes);
+  }
+  virtual void free_workspace(Device, void *address) {
+    graphs_pool() ? graphs_give_workspace(address) : device_free(address);
+  }
   virtual bool pointer_arithmetic_on_host() { return arithmetic; }
   virtual void copy(const void *from, size_t from_offset, void *to, size_t to_offset, size_t bytes, Device, Device,
                     DataType, void *) {
+    graphs_forbid("memory was copied");
     memmove((char *)to + to_offset, (const char *)from + from_offset, bytes);
     device_host_wrote((char *)to + to_offset, bytes);
   }

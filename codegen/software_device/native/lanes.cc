@@ -299,6 +299,7 @@ void together(Perform perform, void *payload, uint64_t mask, uint32_t place) {
 extern "C" {
 
 int device_launch(const DeviceLaunch *launch) {
+  if (graphs_record(launch)) return 0;
   machine.launch = launch;
   machine.fault = Fault{};
   machine.current = nullptr;

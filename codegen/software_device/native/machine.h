@@ -42,6 +42,7 @@ struct DeviceLaunch {
   int count;
   void (*body)(void *);
   void *frame;
+  size_t frame_bytes;
 };
 
 int device_launch(const DeviceLaunch *launch);  // 0, or -1 with an error raised

@@ -141,6 +141,14 @@ Allocation *add_allocation(char *base, size_t size, const char *name, bool share
 void drop_allocation(Allocation *allocation);
 bool on_lane_stack(const void *address);
 
+// CUDA's graphs (graphs.cc): is a launch recorded; what no recorded stream allows; the streams of threads; workspaces.
+bool graphs_record(const DeviceLaunch *launch);
+extern "C" void graphs_forbid(const char *what);
+void graphs_set_stream(void *stream);
+bool graphs_pool();
+void *graphs_take_workspace(size_t bytes);
+void graphs_give_workspace(void *data);
+
 void begin_shared();
 void poison_shared();
 

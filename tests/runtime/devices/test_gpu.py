@@ -91,5 +91,7 @@ def test_invariant_functions_run_where_they_are_asked_for():
     with_products = entry("embed", "step", "embed_invariant", "step_invariant")
     assert gpu.chosen(with_products, "embed", True) == "embed_invariant"
     assert gpu.chosen(plain, "step", False) == "step"
-    with pytest.raises(RequestError, match=r"batch_invariant: cuda:sm_90 has kernels that sum in an order .* and no ot"):
+    with pytest.raises(
+        RequestError, match=r"batch_invariant: cuda:sm_90 has kernels that sum in an order .* and no ot"
+    ):
         gpu.chosen(plain, "step", True)
