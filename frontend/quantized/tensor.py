@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-import ml_dtypes
 import numpy as np
 
 from llmc.frontend.weights import LazyTensor, numpy_dtype
-from llmc.ir.quantized import TABLES, Format
+from llmc.ir.decode import decode
+from llmc.ir.quantized import Format
 
 
 class Computed(LazyTensor):
@@ -127,22 +127,6 @@ class QuantizedTensor(LazyTensor):
         if self.turned or len(shape) < 2 or shape[-1] != self.shape[-1]:
             return super()._reshaped(shape)
         return self._each(lambda part: part._reshaped((*shape[:-1], part.shape[-1])))
-
-
-def decode(format: Format, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None = None) -> np.ndarray:
-    """The weights [..., o, i] float32 of parts in memory: what `ir.quantized.dequantize` says, in numpy."""
-
-    def per_weight(x: np.ndarray) -> np.ndarray:
-        return np.repeat(x, format.group, axis=-1) if format.group else x
-
-    if format.table:
-        numbers = np.asarray(TABLES[format.table], np.float32)[codes]
-    else:
-        numbers = codes.astype(np.float32)
-        numbers -= np.float32(format.offset) if zeros is None else per_weight(zeros.astype(np.float32))
-    if format.scale == "e8m0":
-        scales = scales.view(ml_dtypes.float8_e8m0fnu)
-    return numbers * per_weight(scales.astype(np.float32))
 
 
 def regroup(scales: LazyTensor, block: int, depth: int) -> tuple[LazyTensor, int]:

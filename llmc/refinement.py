@@ -1,0 +1,145 @@
+"""What a compilation does between its door and its passes where weights are quantized: calibrate them, and measure."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc.ir.errors import CompileError
+from llmc.progress import Progress
+
+__all__ = ["BUNDLED", "NONE", "refined"]
+
+BUNDLED, NONE = "bundled", "none"
+# What measuring may cost by default, in floating-point operations: some 20 s on two cores. At least FEWEST tokens.
+AFFORDED, FEWEST, LONGEST = 1e12, 128, 512
+
+
+@contextmanager
+def refined(
+    doors: dict[str, Any], *, calibrate: str | Path | None, quality: str | Path | None, folder: Path, report: Progress
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """-> (the doors with calibrated weights, facts for the manifest: "quality", and notes).
+
+    doors: compute dtype -> imported model with EncodedWeights. Calibrated parts lie in `folder` as long as this is
+    open. quality: a file, None (the bundled text, if the tokenizer reads it) or "none".
+    CompileError: a text that cannot be read, too short, or not readable for the tokenizer.
+    """
+    from llmc import quantization
+
+    imported = next(iter(doors.values()))
+    plan = quantization.plan_of(imported)
+    stored = bool(imported.quantized)
+    for name, given in (("calibrate", calibrate), ("quality", quality if quality != NONE else None)):
+        if given is not None and (stored or not plan.schemes):
+            found = "a checkpoint that is quantized already" if stored else "no quantize"
+            raise CompileError(f"{name}={str(given)!r}: expected weights in floats and a scheme for them, found {found}")
+    if stored or not plan.schemes or (calibrate is None and quality == NONE):
+        yield doors, {}
+        return
+    with tempfile.TemporaryDirectory(dir=folder, prefix="calibrated-") as spill:
+        program = textbook(imported)
+        if calibrate is not None:
+            found = calibrated(program, imported, plan, calibrate, Path(spill), report)
+            weights = quantization.EncodedWeights({**imported.weights, **found}, plan)
+            doors = {dtype: replace(door, weights=weights) for dtype, door in doors.items()}
+        encoded = next(iter(doors.values())).weights
+        yield doors, measured(program, imported, encoded, plan, quality, report)
+
+
+def textbook(imported: Any) -> Any:
+    """The program in its textbook form."""
+    from llmc.passes import manager
+    from llmc.passes.goal import Goal
+    from llmc.passes.pipeline import PIPELINE
+
+    goal = Goal(dtype=imported.facts["dtype"], max_context=imported.facts["max_context"])
+    return manager.run(imported.module, goal, stages=PIPELINE[:1]).module
+
+
+def text_of(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CompileError(f"{path}: expected a text file in UTF-8: {error}") from None
+
+
+def calibrated(program: Any, imported: Any, plan: Any, file: str | Path, spill: Path, report: Progress) -> dict:
+    """The weights of the plan, encoded by what their products read of a text."""
+    from llmc.quality import samples
+    from llmc.quality.calibrate import calibrate
+    from llmc.quality.evaluator import Evaluator
+
+    report("calibrating", 0.0)
+    tokens = samples.read_text(imported.files, str(file), text_of(file))
+    sequences = samples.calibration(tokens, imported.facts["max_context"])
+    evaluator = Evaluator(program, imported.weights, len(sequences[0]))
+
+    def keep(name: str, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        mapped = {}
+        for part, array in parts.items():
+            mapped[part] = np.memmap(spill / f"{name}:{part}", array.dtype, "w+", shape=array.shape)
+            mapped[part][...] = array
+        return mapped
+
+    return calibrate(evaluator, sequences, plan.schemes, keep=keep, report=lambda done: report("calibrating", done))
+
+
+def measured(
+    program: Any, imported: Any, encoded: Any, plan: Any, quality: str | Path | None, report: Progress
+) -> dict[str, Any]:
+    """{"quality": …} for the manifest; or {"notes": […]} on why there is none, where none was asked for."""
+    from llmc.quality import samples
+    from llmc.quality.encoded import Encoded
+    from llmc.quality.evaluator import Evaluator
+    from llmc.quality.measure import measure, windows
+
+    if quality == NONE:
+        return {}
+    report("measuring quality", 0.0)
+    try:
+        if quality is None:
+            tokens = samples.read_text(imported.files, samples.BUNDLED, samples.bundled())
+        else:
+            tokens = samples.read_text(imported.files, str(quality), text_of(quality))
+    except CompileError as error:
+        if quality is not None:
+            raise
+        return {"notes": [f"quality was not measured: {error}"]}
+    uses = Evaluator(program, imported.weights, 2).uses()
+    layers = max(use.layer for use in uses)
+    cost = samples.work(imported.weights, uses)
+    afforded = max(FEWEST, int(AFFORDED / (2 * cost)))
+    length = min(imported.facts["max_context"], LONGEST, afforded, len(tokens.ids) + len(tokens.prefix))
+    evaluator = Evaluator(program, imported.weights, length)
+    chosen = windows(tokens.ids, length, prefix=tokens.prefix)[: max(1, 2 * afforded // length)]
+    sample = max(1, min(len(chosen), int(AFFORDED / (layers / 2 * cost) / length)))
+    others = {name: decoded(name, encoded, plan, imported.weights[name]) for name in plan.schemes}
+    found = measure(
+        evaluator,
+        chosen,
+        others,
+        text=tokens.name,
+        sample=min(sample, 2),
+        report=lambda done: report("measuring quality", done),
+    )
+    report("measuring quality", 1.0)
+    return {"quality": found.to_dict()}
+
+
+def decoded(name: str, encoded: Any, plan: Any, weight: Any) -> Any:
+    """A quantized weight, as what its parts stand for."""
+    from llmc.quality.encoded import Encoded
+
+    turned = name in plan.transposed
+    depth = weight.shape[-2 if turned else -1]
+    scheme = plan.schemes[name]
+    format = scheme.format(depth)
+    parts = {part: encoded[f"{name}:{part}"] for part in format.parts((1, depth))}
+    return Encoded(format, parts, activation=scheme.rounding(depth), turned=turned)
