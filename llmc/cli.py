@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 import llmc
+from llmc.inspection import quality_lines
 
 app = typer.Typer(
     name="llmc",
@@ -66,8 +67,13 @@ def compile(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Compute dtype of activations: float32, bfloat16, float16.")] = None,
     weights: Annotated[str, typer.Option(help="'load', or 'random': seeded, made at load, never stored.")] = "load",
-    calibrate: Annotated[Path | None, typer.Option(help="Text for calibrated quantization.")] = None,
-    quality: Annotated[Path | None, typer.Option(help="Text on which the quantized model is measured.")] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="A text: weights are rounded by what products read of it.")
+    ] = None,
+    quality: Annotated[
+        str | None,
+        typer.Option(help="A text on which the quantized model is measured; default: a bundled page; 'none': not."),
+    ] = None,
     verify: Annotated[
         bool, typer.Option(help="Evaluate the program after every pass against the imported one.")
     ] = False,
@@ -96,6 +102,8 @@ def compile(
     if as_json:
         print_json({"path": str(path), **report.to_dict()})
     else:
+        for line in quality_lines(report.to_dict()["model"].get("quality")):
+            print(line, file=sys.stderr)
         for note in report.notes:
             print(f"note: {note}", file=sys.stderr)
         print(path)

@@ -19,11 +19,6 @@ from llmc.progress import Progress, reporting
 
 DTYPES = ("float32", "bfloat16", "float16")
 CACHES = ("int8", "fp8")
-# What the contract has and this version does not: asked for, it is refused by name.
-NOT_YET = {
-    "calibrate": "calibrated quantization",
-    "quality": "quality reports of quantized models",
-}
 
 
 def compile(
@@ -64,15 +59,15 @@ def compile(
     dtype       compute dtype of activations: float32, bfloat16, float16. Default: float32 on a CPU; on a GPU the
                 checkpoint's own where the target multiplies it, else float16
     weights     "load", or "random": seeded, made at load, never stored (benchmarks without a checkpoint)
+    calibrate   a text file: weights are rounded by what their products read when the model reads it (GPTQ)
+    quality     a text file on which the quantized program is compared with the unquantized one; default: a bundled page
+                if the tokenizer reads it; "none": not measured
     verify      evaluate the program after every pass against the imported one
     dump        write a diff of every pass into this folder
     progress    progress(stage, done), done from 0 to 1; or True for a bar on stderr
 
     Raises CompileError (stage, pass_name and op say where) for everything that is refused or goes wrong.
     """
-    for name, value in (("calibrate", calibrate), ("quality", quality)):
-        if value is not None:
-            raise CompileError(f"{name}={value!r}: {NOT_YET[name]} are not in this version yet; leave {name} out")
     if weights not in ("load", "random"):
         raise CompileError(f"weights={weights!r}: expected 'load' or 'random'")
     if quantize is not None:
@@ -89,7 +84,19 @@ def compile(
     output = Path(output) if output is not None else Path(f"{model_name(source)}.llmc")
     if output.exists() and not overwrite:
         raise CompileError(f"{output} exists already: give overwrite=True (--overwrite) or another output (-o)")
-    request = Request(source, _targets(target, host), max_context, dtype, verify, dump, weights, kv_cache, quantize)
+    request = Request(
+        source,
+        _targets(target, host),
+        max_context,
+        dtype,
+        verify,
+        dump,
+        weights,
+        kv_cache,
+        quantize,
+        calibrate,
+        quality,
+    )
     with reporting(progress) as report, _disk_errors(output):
         return _build(request, output, report)
 
@@ -107,18 +114,31 @@ class Request:
     weights: str = "load"
     kv_cache: str | None = None
     quantize: str | None = None
+    calibrate: str | Path | None = None
+    quality: str | Path | None = None
 
 
 def _build(request: Request, output: Path, report: Progress) -> Path:
-    """Door, passes, kernels, library, weights, manifest, rename."""
-    from llmc.runtime import artifact
+    """Door, then all that follows it."""
+    from llmc.refinement import refined
 
     report("reading the model", 0.0)
     dtypes = compute_dtypes(request)
     doors = {dtype: open_door(replace(request, dtype=dtype)) for dtype in dict.fromkeys(dtypes)}
-    imported = doors[dtypes[0]]
     report("reading the model", 1.0)
-    work = Work.open(output, request, imported)
+    work = Work.open(output, request, doors[dtypes[0]])
+    with refined(doors, request, work.folder, report) as (doors, quality):
+        _fill(work, request, dtypes, doors, quality, report)
+    return work.finish(output)
+
+
+def _fill(
+    work: Work, request: Request, dtypes: list[str], doors: dict[str, Any], quality: dict[str, Any], report: Progress
+) -> None:
+    """Passes, kernels, library, weights, manifest."""
+    from llmc.runtime import artifact
+
+    imported = doors[dtypes[0]]
     programs = [lower(doors[d], target, request, report) for d, target in zip(dtypes, request.targets, strict=True)]
     recipes = _recipes(share_recipes(programs), doors)
     entries = build_libraries(work, programs, report)
@@ -126,7 +146,8 @@ def _build(request: Request, output: Path, report: Progress) -> Path:
     manifest = artifact.Manifest(
         name=model_name(request.source),
         model=imported.facts
-        | {"notes": [*imported.facts["notes"], *dtype_notes(programs, imported.facts)]}
+        | quality
+        | {"notes": [*imported.facts["notes"], *dtype_notes(programs, imported.facts), *quality.get("notes", [])]}
         | {"kv_cache": request.kv_cache}
         | quantization_facts(imported, recipes),
         targets=tuple(entries),
@@ -139,7 +160,6 @@ def _build(request: Request, output: Path, report: Progress) -> Path:
     work.write(manifest)
     for program in programs:
         _verify_library(work, program, report)
-    return work.finish(output)
 
 
 def model_name(source: str | Path) -> str:
@@ -424,6 +444,9 @@ def _inputs_digest(request: Request, imported) -> str:
     )
     options = [str(request.targets), request.max_context, request.dtype, request.weights]
     options += [request.kv_cache, request.quantize]
+    for file in (request.calibrate, request.quality):
+        found = Path(file) if file is not None else None
+        options.append(hashlib.sha256(found.read_bytes()).hexdigest() if found and found.is_file() else str(file))
     digest = hashlib.sha256(json.dumps([llmc.__version__, code, options, imported.origin]).encode())
     return digest.hexdigest()
 

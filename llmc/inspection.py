@@ -34,6 +34,7 @@ class ArtifactReport:
             f"up to {model.get('max_context')} tokens",
             f"dtype     {model.get('dtype')} activations over {model.get('checkpoint_dtype')} weights",
             *_quantization(model.get("quantization")),
+            *quality_lines(model.get("quality")),
             f"memory    weights {_size(manifest.memory['weights_bytes'])}, "
             f"cache {_size(manifest.memory['cache_bytes_per_token'])} a token{_cache_words(model)}",
         ]
@@ -86,6 +87,20 @@ def _quantization(facts: dict[str, Any] | None) -> list[str]:
         shown = ", ".join(names[:3]) + (", …" if names[3:] else "")
         lines.append(f"  kept    {len(names)} as they are ({reason}): {shown}")
     return lines
+
+
+def quality_lines(facts: dict[str, Any] | None) -> list[str]:
+    """What quantization cost, see quality.measure.Quality."""
+    if not facts:
+        return []
+    ratio = facts["perplexity"] / facts["unquantized"]
+    damage = ", ".join(f"{name} {value:.2g}" for name, value in facts["damage"].items())
+    return [
+        f"quality   perplexity {facts['perplexity']:.4g}, unquantized {facts['unquantized']:.4g} (×{ratio:.4f}); "
+        f"divergence {facts['divergence']:.2g} nats; same likeliest token {facts['agreement']:.1%}",
+        f"  on      {facts['tokens']} tokens of {facts['text']}, in windows of {facts['window']}",
+        f"  damage  {damage} (divergence with that part alone quantized, {facts['sampled']} tokens)",
+    ]
 
 
 def _resources(entry: artifact.TargetEntry) -> list[str]:

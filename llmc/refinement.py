@@ -14,40 +14,44 @@ import numpy as np
 from llmc.ir.errors import CompileError
 from llmc.progress import Progress
 
-__all__ = ["BUNDLED", "NONE", "refined"]
+__all__ = ["NONE", "refined"]
 
-BUNDLED, NONE = "bundled", "none"
+NONE = "none"  # for quality=: not measured
 # What measuring may cost by default, in floating-point operations: some 20 s on two cores. At least FEWEST tokens.
 AFFORDED, FEWEST, LONGEST = 1e12, 128, 512
 
 
 @contextmanager
 def refined(
-    doors: dict[str, Any], *, calibrate: str | Path | None, quality: str | Path | None, folder: Path, report: Progress
+    doors: dict[str, Any], request: Any, folder: Path, report: Progress
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """-> (the doors with calibrated weights, facts for the manifest: "quality", and notes).
+    """-> (the doors with calibrated weights, facts for the manifest: "quality", or "notes" on why there is none).
 
     doors: compute dtype -> imported model with EncodedWeights. Calibrated parts lie in `folder` as long as this is
-    open. quality: a file, None (the bundled text, if the tokenizer reads it) or "none".
+    open. Of the request: calibrate, a file or None; quality, a file, None (the bundled text, if the tokenizer reads it)
+    or "none"; weights.
     CompileError: a text that cannot be read, too short, or not readable for the tokenizer.
     """
     from llmc import quantization
 
     imported = next(iter(doors.values()))
-    plan = quantization.plan_of(imported)
-    stored = bool(imported.quantized)
-    for name, given in (("calibrate", calibrate), ("quality", quality if quality != NONE else None)):
-        if given is not None and (stored or not plan.schemes):
-            found = "a checkpoint that is quantized already" if stored else "no quantize"
-            raise CompileError(f"{name}={str(given)!r}: expected weights in floats and a scheme for them, found {found}")
-    if stored or not plan.schemes or (calibrate is None and quality == NONE):
+    plan, calibrate = quantization.plan_of(imported), request.calibrate
+    # Random weights have no quality to lose.
+    quality = NONE if request.quality is None and request.weights == "random" else request.quality
+    measurable = bool(plan.schemes) and not imported.quantized and request.weights != "random"
+    for name, given in (("calibrate", calibrate), ("quality", None if quality == NONE else quality)):
+        if given is not None and not measurable:
+            found = "random weights" if request.weights == "random" else "no quantize"
+            found = "a checkpoint that is quantized already" if imported.quantized else found
+            raise CompileError(f"{name}={str(given)!r}: expected weights in floats and a scheme, found {found}")
+    if not measurable or (calibrate is None and quality == NONE):
         yield doors, {}
         return
     with tempfile.TemporaryDirectory(dir=folder, prefix="calibrated-") as spill:
         program = textbook(imported)
         if calibrate is not None:
-            found = calibrated(program, imported, plan, calibrate, Path(spill), report)
-            weights = quantization.EncodedWeights({**imported.weights, **found}, plan)
+            own = calibrated(program, imported, plan, calibrate, Path(spill), report)
+            weights = quantization.EncodedWeights({**imported.weights, **own}, plan)
             doors = {dtype: replace(door, weights=weights) for dtype, door in doors.items()}
         encoded = next(iter(doors.values())).weights
         yield doors, measured(program, imported, encoded, plan, quality, report)
@@ -96,7 +100,6 @@ def measured(
 ) -> dict[str, Any]:
     """{"quality": …} for the manifest; or {"notes": […]} on why there is none, where none was asked for."""
     from llmc.quality import samples
-    from llmc.quality.encoded import Encoded
     from llmc.quality.evaluator import Evaluator
     from llmc.quality.measure import measure, windows
 

@@ -47,7 +47,9 @@ def read_text(files: Mapping[str, bytes], name: str, text: str) -> Tokens:
     unknown = getattr(tokenizer.model, "unk_token", None)
     count = int((ids == tokenizer.token_to_id(unknown)).sum()) if unknown else 0
     if count > UNKNOWN * len(ids):
-        raise CompileError(f"{name}: expected a text that the tokenizer reads, found {count} of {len(ids)} tokens unknown")
+        raise CompileError(
+            f"{name}: expected a text that the tokenizer reads, found {count} of {len(ids)} tokens unknown"
+        )
     with_special = tokenizer.encode("a", add_special_tokens=True).ids
     plain = tokenizer.encode("a", add_special_tokens=False).ids
     ahead = next((i for i in range(len(with_special)) if with_special[i : i + len(plain)] == plain), 0)

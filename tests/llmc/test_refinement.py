@@ -1,0 +1,96 @@
+"""Quality in the compile, and calibration, through the front door."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import llmc
+from llmc.ir.errors import CompileError
+from llmc.quality.measure import windows
+from llmc.refinement import refined
+
+TINY = Path(__file__).parents[1] / "data" / "tiny-python"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.py"
+    file.write_text((TINY / "heldout.txt").read_text()[60_000:64_000])
+    return file
+
+
+def test_quality_is_that_of_the_artifact(text, tmp_path):
+    """Perplexity and divergence in the manifest are what the compiled kernels give on the same windows."""
+    done = []
+    path = llmc.compile(
+        TINY,
+        quantize="int4",
+        calibrate=text,
+        quality=text,
+        max_context=64,
+        output=tmp_path / "t.llmc",
+        progress=lambda stage, share: done.append(stage),
+    )
+    assert {"calibrating", "measuring quality"} <= set(done)
+    assert not list(path.glob("calibrated-*"))
+    with llmc.load(path) as model:
+        facts = model.info.model["quality"]
+        chosen = windows(model.tokenizer.encode(text.read_text(), add_special_tokens=False), 64)
+        surprise = tokens = 0
+        for window, logits in zip(chosen, model.logits([w.tokens.tolist() for w in chosen]), strict=True):
+            rows = logits[window.first - 1 : -1].astype("float64")
+            rows -= np.logaddexp.reduce(rows, axis=-1, keepdims=True)
+            ids = window.tokens[window.first :]
+            surprise -= rows[np.arange(len(ids)), ids].sum()
+            tokens += len(ids)
+    assert facts["tokens"] == tokens and facts["window"] == 64 and facts["text"] == str(text)
+    assert facts["perplexity"] == pytest.approx(np.exp(surprise / tokens), rel=1e-3)
+    assert 0 < facts["divergence"] < 0.1 and 0.8 < facts["agreement"] < 1
+    shown = str(llmc.inspect(path))
+    assert f"unquantized {facts['unquantized']:.4g}" in shown and "damage  layer" in shown
+
+
+def request(**given):
+    return SimpleNamespace(**{"calibrate": None, "quality": None, "weights": "load", "quantize": None} | given)
+
+
+def door(quantize=None, files=True):
+    from dataclasses import replace
+
+    from llmc import quantization
+    from llmc.frontend import huggingface
+
+    imported = huggingface.load(TINY, max_context=64)
+    imported = imported if files else replace(imported, files={})
+    return {"float32": quantization.prepare(imported, quantize)}
+
+
+def refine(tmp_path, doors, **given):
+    with refined(doors, request(**given), tmp_path, lambda stage, share: None) as (_, facts):
+        return facts
+
+
+def test_without_a_tokenizer_nothing_is_measured_unless_asked_for(tmp_path, text):
+    doors = door("int8", files=False)
+    (note,) = refine(tmp_path, doors)["notes"]
+    assert note.startswith("quality was not measured: the bundled text: expected a model with a tokenizer")
+    with pytest.raises(CompileError, match="expected a model with a tokenizer to read it, found none"):
+        refine(tmp_path, doors, quality=text)
+
+
+def test_what_cannot_be_measured_is_refused(tmp_path, text):
+    with pytest.raises(CompileError, match=r"quality=.*: expected weights in floats and a scheme, found no quantize"):
+        refine(tmp_path, door(), quality=text)
+    with pytest.raises(CompileError, match=r"calibrate=.*found no quantize"):
+        refine(tmp_path, door(), calibrate=text)
+    doors = door("int8")
+    with pytest.raises(CompileError, match=r"quality='x': .*found random weights"):
+        refine(tmp_path, doors, quality="x", weights="random")
+    assert refine(tmp_path, doors, weights="random") == refine(tmp_path, doors, quality="none") == {}
+    with pytest.raises(CompileError, match=r"missing\.txt: expected a text file in UTF-8"):
+        refine(tmp_path, doors, quality=tmp_path / "missing.txt")
+    (tmp_path / "short.txt").write_text("x = 1")
+    with pytest.raises(CompileError, match="expected a text of at least 32 tokens, found"):
+        refine(tmp_path, doors, calibrate=tmp_path / "short.txt")
