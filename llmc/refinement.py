@@ -86,7 +86,7 @@ def calibrated(program: Any, imported: Any, plan: Any, file: str | Path, spill: 
     evaluator = Evaluator(program, imported.weights, len(sequences[0]))
 
     def keep(name: str, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        mapped = {}
+        mapped: dict[str, np.ndarray] = {}
         for part, array in parts.items():
             mapped[part] = np.memmap(spill / f"{name}:{part}", array.dtype, "w+", shape=array.shape)
             mapped[part][...] = array

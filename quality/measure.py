@@ -25,7 +25,9 @@ class Window(NamedTuple):
     first: int
 
 
-def windows(tokens: Sequence[int], length: int, stride: int | None = None, prefix: Sequence[int] = ()) -> list[Window]:
+def windows(
+    tokens: Sequence[int] | np.ndarray, length: int, stride: int | None = None, prefix: Sequence[int] = ()
+) -> list[Window]:
     """Windows of `length` tokens over a text, `stride` apart (default: half a window); every token is scored once.
 
     prefix: what stands before every window (the token that begins a text) and is no part of it. The last window ends

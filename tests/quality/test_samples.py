@@ -27,7 +27,7 @@ def test_a_prefix_is_what_stands_before_any_text():
 
 
 def test_texts_that_cannot_be_read_are_refused():
-    with pytest.raises(CompileError, match="x: expected a text that the tokenizer reads, found 20 of 80 tokens unknown"):
+    with pytest.raises(CompileError, match="x: expected a text that the tokenizer reads, found 20 of 80 tokens"):
         samples.read_text(tokenizer([*WORDS[:3], "a"]), "x", TEXT)
     with pytest.raises(CompileError, match="x: expected a text of at least 32 tokens, found 4"):
         samples.read_text(tokenizer(WORDS), "x", TEXT[:19])
