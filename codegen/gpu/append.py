@@ -8,9 +8,12 @@ from typing import Any
 import tvm
 from tvm.tirx.script import builder as T
 
+from llmc.ir.quantized_cache import CODES, LARGEST, SCALE
 from llmc.targets import GpuTarget
 
 from ..cpu.vector import Params
+from .attention_parts import Memory
+from .cache_codes import LEAST_BITS, encode, magnitude
 from .machine import BYTES, Machine, flat, i32, i64, kernel, loop, when, whole
 from .ragged import sequence_of
 
@@ -26,27 +29,33 @@ def append_pages(
     dtype: str,
     page_size: int,
     token_last: bool,
+    cache: str = "",
     *,
     name: str = "append_pages",
 ) -> tvm.tirx.PrimFunc:
     """The kernel of `llmc.ir.paging.append_pages`: same parameters, same arguments, same meaning; in place.
 
     Arguments of the PrimFunc, in this order:
-      pages [p, kv_heads, page_size, width] dtype, or [p, kv_heads, width, page_size] if token_last;
+      pages [p, kv_heads, page_size, width] dtype, or [p, kv_heads, width, page_size] if token_last; of a quantized
+      cache its codes, and scales [p, kv_heads, page_size] float32;
       x [n, kv_heads, width] dtype; qo_indptr [b+1], kv_indptr [b+1], kv_indices [r], kv_last_page_len [b], all int32.
-    One block a row; rows of no sequence are left out.
+    One block a row; rows of no sequence are left out. Of a quantized cache a warp has a head at a time.
     """
     page = (width, page_size) if token_last else (page_size, width)
-    params: Params = [
-        ("pages", ("p", kv_heads, *page), dtype), ("x", ("n", kv_heads, width), dtype),
-        ("qo_indptr", ("b1",), "int32"), ("kv_indptr", ("b2",), "int32"), ("kv_indices", ("r",), "int32"),
-        ("kv_last_page_len", ("b",), "int32")]  # fmt: skip
+    params: list = [("pages", ("p", kv_heads, *page), CODES[cache] if cache else dtype)]
+    if cache:
+        params.append(("scales", ("p2", kv_heads, page_size), SCALE))
+    params += [("x", ("n", kv_heads, width), dtype), ("qo_indptr", ("b1",), "int32"), ("kv_indptr", ("b2",), "int32"),
+               ("kv_indices", ("r",), "int32"), ("kv_last_page_len", ("b",), "int32")]  # fmt: skip
     at_once = 1 if token_last else whole(width, dtype)
     unit = "uint32" if at_once * BYTES[dtype] >= 4 else None
 
-    def body(symbols: dict, pages: Any, x: Any, qo: Any, kv: Any, indices: Any, last: Any) -> None:
+    def body(symbols: dict, pages: Any, *rest: Any) -> None:
         m = Machine(target)
-        pages, x = flat(pages, unit), flat(x, unit)
+        x, qo, kv, indices, last = rest[-5:]
+        codes = _Codes(m, cache, pages, rest[0], x, dtype, kv_heads, width, page_size, token_last) if cache else None
+        if codes is None:
+            pages, x = flat(pages, unit), flat(x, unit)
         with when(symbols["n"] > 0), m.launch([symbols["n"]], THREADS) as [row]:
             s = sequence_of(m, symbols["b"], lambda s: qo[s], row)
             with when(s >= 0):
@@ -56,6 +65,9 @@ def append_pages(
                 position = T.bind(length - (qo[s + 1] - row))
                 number = m.keep(i64(indices[i64(pages_of + T.floordiv(position, T.int32(page_size)))]), "int64")
                 slot = m.keep(T.floormod(position, T.int32(page_size)))
+                if codes is not None:
+                    codes.write(row, number, slot)
+                    return
                 copied = m.registers(4, "uint32") if unit else None
                 with loop(kv_heads * width // at_once - m.thread, step=THREADS) as offset:
                     element = T.bind((offset + m.thread) * at_once)
@@ -72,6 +84,60 @@ def append_pages(
                         m.put(pages, plane + slot * width + column, dtype, copied, 0, at_once)
 
     return kernel(name, params, body)
+
+
+class _Codes:
+    """Rows of x that become codes and scales."""
+
+    def __init__(self, m: Machine, cache: str, pages: Any, scales: Any, x: Any, dtype: str, kv_heads: int, width: int,
+                 page_size: int, token_last: bool):  # fmt: skip
+        self.m, self.cache, self.kv_heads, self.width, self.page_size = m, cache, kv_heads, width, page_size
+        self.count = 4 if width % 4 == 0 else 1  # numbers of a lane at once
+        self.packed = self.count == 4 and not token_last
+        self.pages, self.scales = flat(pages, "uint32" if self.packed else None), flat(scales)
+        self.x, self.token_last = Memory(m, x, dtype, self.count), token_last
+
+    def write(self, row: Any, number: Any, slot: Any) -> None:
+        """One row, head by head, to a slot of a page."""
+        m, warps = self.m, THREADS // self.m.warp
+        with loop(self.kv_heads - m.warp_number, step=warps) as offset:
+            head = T.bind(m.warp_number + offset)
+            source = T.bind((i64(row) * self.kv_heads + head) * self.width)
+            plane = T.bind((number * self.kv_heads + head) * self.page_size)
+            self.head(source, plane, slot)
+
+    def head(self, source: Any, plane: Any, slot: Any) -> None:
+        m, pieces = self.m, -(-self.width // (self.count * self.m.warp))
+        words = self.x.registers(pieces)
+        most = m.registers(1, "int32")
+        most[0] = T.int32(LEAST_BITS)
+        columns = [T.bind((m.lane + piece * m.warp) * self.count) for piece in range(pieces)]
+        for piece, column in enumerate(columns):
+            with when(column < self.width):
+                self.x.fetch(source + column, words, piece)
+                for value in self.x.floats(words, piece):
+                    most[0] = T.max(most[0], magnitude(value))
+        size = m.keep(T.reinterpret("float32", m.warp_reduce(T.max, most[0])), "float32")
+        with when(m.lane == 0):
+            T.buffer_store(self.scales, size * m.number(1 / LARGEST[self.cache]), [plane + slot])
+        factor = m.keep(m.number(LARGEST[self.cache]) / size, "float32")
+        for piece, column in enumerate(columns):
+            with when(column < self.width):
+                codes = [encode(m, self.cache, value * factor) for value in self.x.floats(words, piece)]
+                self.store(codes, plane, slot, column)
+
+    def store(self, codes: list[Any], plane: Any, slot: Any, column: Any) -> None:
+        if self.packed:
+            word = codes[0]
+            for i in range(1, 4):
+                word = T.bitwise_or(word, T.shift_left(codes[i], T.int32(8 * i)))
+            at = T.floordiv((plane + slot) * self.width + column, T.int64(4))
+            T.buffer_store(self.pages, T.reinterpret("uint32", word), [at])
+            return
+        for i, code in enumerate(codes):
+            to = plane * self.width + (column + i) * self.page_size + slot if self.token_last else None
+            to = (plane + slot) * self.width + column + i if to is None else to
+            T.buffer_store(self.pages, T.Cast(CODES[self.cache], code), [to])
 
 
 def copy_pages(target: GpuTarget, page: tuple[int, ...], dtype: str, *, name: str = "copy_pages") -> tvm.tirx.PrimFunc:

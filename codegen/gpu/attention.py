@@ -14,6 +14,7 @@ from typing import Any
 import tvm
 from tvm.tirx.script import builder as T
 
+from llmc.ir.quantized_cache import SCALE
 from llmc.targets import GpuTarget
 
 from . import attention_lanes as lanes
@@ -46,6 +47,7 @@ def paged_attention(
     chunk: int = 0,
     sinks: bool = False,
     v_width: int = 0,
+    cache: str = "",
     *,
     batch_invariant: bool | None = False,
     name: str = "paged_attention",
@@ -56,6 +58,7 @@ def paged_attention(
       q [n, heads, head_dim] dtype; k_pages [p, kv_heads, page_size, head_dim] dtype;
       v_pages [p, kv_heads, page_size, v_dim] dtype, unless v_width > 0; sinks [heads] float32, if `sinks`;
       qo_indptr [b+1], kv_indptr [b+1], kv_indices [r], kv_last_page_len [b], all int32; out [n, heads, v_dim] dtype.
+    Of a quantized cache k_pages and v_pages are codes, each followed by its scales [p, kv_heads, page_size] float32.
     dtype: "float32", "float16" or "bfloat16"; scores, softmax and sums are float32, rounded once at the end. n and b
     may be 0. batch_invariant: a token's numbers are the same bits whatever else is in the step, other tokens of its
     own sequence too: all sequences go to the kernel that cuts rows into tiles, which leaves most of the machine idle
@@ -67,24 +70,32 @@ def paged_attention(
             f"found keys_token_last={keys_token_last}, {heads} heads over {kv_heads}"
         )
     asked = Asked(
-        target, heads, kv_heads, head_dim, v_dim, dtype, page_size, scale, softcap, window, chunk, v_width > 0
-    )
-    params: list = [("q", ("n", heads, head_dim), dtype), ("k_pages", ("p", kv_heads, page_size, head_dim), dtype)]
+        target, heads, kv_heads, head_dim, v_dim, dtype, page_size, scale, softcap, window, chunk, v_width > 0, cache
+    )  # fmt: skip
+    stored = asked.stored
+    params: list = [("q", ("n", heads, head_dim), dtype), ("k_pages", ("p", kv_heads, page_size, head_dim), stored)]
+    if cache:
+        params.append(("k_scales", ("p3", kv_heads, page_size), SCALE))
     if not v_width:
-        params.append(("v_pages", ("p2", kv_heads, page_size, v_dim), dtype))
+        params.append(("v_pages", ("p2", kv_heads, page_size, v_dim), stored))
+    if cache and not v_width:
+        params.append(("v_scales", ("p4", kv_heads, page_size), SCALE))
     if sinks:
         params.append(("sinks", (heads,), "float32"))
     params += [("qo_indptr", ("b1",), "int32"), ("kv_indptr", ("b2",), "int32"), ("kv_indices", ("r",), "int32"),
                ("kv_last_page_len", ("b",), "int32"), *([INVARIANT] if batch_invariant is None else []),
                ("out", ("n", heads, v_dim), dtype)]  # fmt: skip
 
-    def body(symbols: dict, q: Any, k: Any, *rest: Any) -> None:
+    def body(symbols: dict, q: Any, *rest: Any) -> None:
         arguments = list(rest)
-        v = None if v_width else arguments.pop(0)
+        k, k_scales = arguments.pop(0), flat(arguments.pop(0)) if cache else None
+        v, v_scales = None, k_scales
+        if not v_width:
+            v, v_scales = arguments.pop(0), flat(arguments.pop(0)) if cache else None
         sink = arguments.pop(0) if sinks else None
         invariant = arguments.pop(-2) if batch_invariant is None else batch_invariant
         qo, kv, indices, last, out = arguments
-        o = Operands(symbols["n"], symbols["b"], q, k, v, sink, qo, kv, indices, last, out)
+        o = Operands(symbols["n"], symbols["b"], q, k, v, sink, qo, kv, indices, last, out, k_scales, v_scales)
         with when(T.And(o.n > 0, o.b > 0)):
             _Launches(asked, o).emit(invariant)
 

@@ -46,6 +46,8 @@ class Cut:
         """One row in decoding; as many as registers allow, else."""
         target = asked.target
         count = min(whole(asked.head_dim, asked.dtype), whole(asked.v_dim, asked.dtype))
+        if asked.cache and count < 4:  # codes are read in words of four, or one by one
+            count = 1
         wanted = -(-max(asked.head_dim, asked.v_dim) // count)
         lanes = min(target.warp, 1 << (wanted - 1).bit_length())
         keys, values = (-(-width // (count * lanes)) for width in (asked.head_dim, asked.v_dim))
@@ -54,7 +56,10 @@ class Cut:
         most = max(1, min(8, NUMBERS // ((keys + values) * count), shared))
         parts = -(-asked.group // most)
         heads = -(-asked.group // parts)
-        return Cut(1 if decode else max(1, most // heads), heads, lanes, count, keys, values, max(1, IN_FLIGHT // keys))
+        # An access to codes is a half or a quarter of one to numbers: there are more of them under way.
+        in_flight = IN_FLIGHT * 2 if asked.cache and decode else IN_FLIGHT
+        rows = 1 if decode else max(1, most // heads)
+        return Cut(rows, heads, lanes, count, keys, values, max(1, in_flight // keys))
 
     @property
     def vectors(self) -> int:
@@ -88,8 +93,8 @@ class _Attend:
         self.own = T.bind(T.floormod(m.lane, T.int32(cut.lanes)))  # which columns of a token
         self.group = T.bind(T.floordiv(m.lane, T.int32(cut.lanes)))  # which token
         self.q = Memory(m, o.q, asked.dtype, cut.count)
-        self.k = Memory(m, o.k, asked.dtype, cut.count)
-        self.v = self.k if asked.latent else Memory(m, o.v, asked.dtype, cut.count)
+        self.k = Memory(m, o.k, asked.stored, cut.count)
+        self.v = self.k if asked.latent else Memory(m, o.v, asked.stored, cut.count)
         self.queries = m.registers(cut.vectors * cut.key_pieces * cut.count)
         self.sums = m.registers(cut.vectors * cut.value_pieces * cut.count)
         self.peaks, self.totals = m.registers(cut.vectors), m.registers(cut.vectors)
@@ -150,8 +155,11 @@ class _Attend:
             places[u] = tile.token(m, position, self.kv_head)
         keys = self.fetch(self.k, places, cut.key_pieces, self.asked.head_dim)
         values = keys if self.asked.latent else self.fetch(self.v, places, cut.value_pieces, self.asked.v_dim)
+        scales = [self.scales(of, places) for of in (self.o.k_scales, self.o.v_scales)]
         scores = self.scores(keys)
+        self.scale(scores, scales[0])
         self.softmax(scores, first)
+        self.scale(scores, scales[1])
         self.weigh(scores, values)
 
     def fetch(self, memory: Memory, places: Any, pieces: int, width: int) -> Any:
@@ -160,6 +168,21 @@ class _Attend:
             for piece in range(pieces):
                 memory.fetch(self.address(places[u], piece, width), words, u * pieces + piece)
         return words
+
+    def scales(self, of: Any, places: Any) -> Any:
+        """The scales of the tokens, of a quantized cache."""
+        if of is None:
+            return None
+        found = self.m.registers(self.cut.tokens)
+        for u in range(self.cut.tokens):
+            found[u] = of[places[u]]
+        return found
+
+    def scale(self, scores: Any, scales: Any) -> None:
+        """Numbers of tokens times the tokens' scales, of a quantized cache."""
+        if scales is not None:
+            for i in range(len(scores)):
+                scores[i] = scores[i] * scales[i // self.cut.vectors]
 
     def scores(self, keys: Any) -> Any:
         """scores[token, vector]: products of keys and queries, in all lanes of the group."""

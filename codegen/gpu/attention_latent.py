@@ -13,7 +13,7 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from .attention_parts import Asked, Finish, Operands, Tile
+from .attention_parts import Asked, Finish, Memory, Operands, Tile
 from .attention_tiles import FEW_HEADS, HIDDEN, NOTHING, PIECE, row_stride, sides_of
 from .attention_units import SIDE, Unit, unit_of
 from .machine import Machine, flat, i64, loop, when
@@ -104,7 +104,8 @@ class _Attend:
     def emit(self, finish: Finish) -> None:
         m, tile, o = self.m, self.tile, self.o
         self.clear()
-        pool, queries = flat(o.k, "uint16"), flat(o.q, "uint16")
+        pool = None if self.asked.cache else flat(o.k, "uint16")
+        queries = flat(o.q, "uint16")
 
         def query(i: Any) -> Any:
             row, head, _ = self.vector(i)
@@ -122,7 +123,10 @@ class _Attend:
                 position = T.bind(T.min(first + i, tile.end - 1))  # beyond the end, the last token again
                 return tile.token(m, position, self.kv_head) * self.asked.head_dim
 
-            self.copy(pool, self.keys, TOKENS, key)
+            if self.asked.cache:
+                self.copy_codes(first)
+            else:
+                self.copy(pool, self.keys, TOKENS, key)
             T.evaluate(T.ptx.cp.async_.commit_group())
             T.evaluate(T.ptx.cp.async_.wait_group(0))
             m.barrier()
@@ -157,6 +161,23 @@ class _Attend:
             column = T.bind(T.floormod(piece, T.int32(across)) * PIECE)
             to = self.place.ptr_to([base + row * self.stride + column])
             T.evaluate(T.ptx["cp.async.cg.shared.global"](to, source.ptr_to([begin(row) + column]), 16))
+
+    def copy_codes(self, first: Any) -> None:
+        """The tile's keys, times their scales and rounded to the dtype of queries; as `copy` puts them."""
+        m, asked = self.m, self.asked
+        across = asked.head_dim // PIECE
+        memory = Memory(m, self.o.k, asked.stored, PIECE)
+        words = T.decl_buffer((places(asked) // 2,), "uint32", data=self.place.data, scope="shared.dyn")
+        codes, numbers = memory.registers(1), m.registers(PIECE // 2, "uint32")
+        with loop(TOKENS * across - m.thread, step=m.threads) as offset:
+            piece = T.bind(offset + m.thread)
+            row = T.bind(T.floordiv(piece, T.int32(across)))
+            column = T.bind(T.floormod(piece, T.int32(across)) * PIECE)
+            token = self.tile.token(m, T.bind(T.min(first + row, self.tile.end - 1)), self.kv_head)
+            memory.fetch(T.bind(token * asked.head_dim + column), codes, 0)
+            scale = m.keep(self.o.k_scales[token], "float32")
+            m.pack([value * scale for value in memory.floats(codes, 0)], asked.dtype, numbers, 0)
+            m.put(words, self.keys + row * self.stride + column, "uint16", numbers, 0, PIECE)
 
     def multiply_keys(self) -> None:
         """scores = products of sixteen queries with sixteen tokens."""

@@ -8,8 +8,10 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
+from llmc.ir.quantized_cache import CODES
 from llmc.targets import GpuTarget
 
+from .cache_codes import KIND_OF, decode
 from .machine import BYTES, LOG2E, Machine, Registers, flat, i64, loop, when, widen
 
 __all__ = ["Asked", "Columns", "Finish", "Memory", "Operands", "Parts", "Tile"]
@@ -25,7 +27,8 @@ Finish = Callable[[Any, Any, Any, Any], Columns]
 class Asked:
     """The attention that a kernel computes: the parameters of `llmc.ir.paging.paged_attention`, and the target.
 
-    latent: there are no pages of values, which are the first v_dim columns of the keys.
+    latent: there are no pages of values, which are the first v_dim columns of the keys. cache: "int8" or "fp8" where
+    pages hold codes.
     """
 
     target: GpuTarget
@@ -40,6 +43,12 @@ class Asked:
     window: int
     chunk: int
     latent: bool
+    cache: str = ""
+
+    @property
+    def stored(self) -> str:
+        """The dtype of pages: of codes, where the cache is quantized."""
+        return CODES[self.cache] if self.cache else self.dtype
 
     @property
     def group(self) -> int:
@@ -62,7 +71,10 @@ class Asked:
 
 
 class Memory:
-    """A tensor as flat memory, read in pieces of `count` elements: one access each, of up to 16 bytes."""
+    """A tensor as flat memory, read in pieces of `count` elements: one access each, of up to 16 bytes.
+
+    Codes of a quantized cache are read as the numbers that they say; their scale is another's business.
+    """
 
     def __init__(self, m: Machine, buffer: Any, dtype: str, count: int):
         self.m, self.dtype, self.count = m, dtype, count
@@ -82,6 +94,11 @@ class Memory:
 
     def floats(self, of: Registers, piece: int) -> list[Any]:
         """The elements of a piece, float32."""
+        if kind := KIND_OF.get(self.dtype):
+            if not self.wide:
+                return [decode(self.m, kind, T.Cast("uint32", of[piece]))]
+            words = [of[piece * self.words + i // 4] for i in range(self.count)]
+            return [decode(self.m, kind, word, i % 4) for i, word in enumerate(words)]
         if self.wide:
             return self.m.unpack(of, piece * self.words, self.dtype, self.count)
         return [T.bind(widen(of[piece]))]
@@ -89,7 +106,8 @@ class Memory:
 
 @dataclass
 class Operands:
-    """The buffers of a call, and how many rows and sequences there are. v: None where it is in the keys."""
+    """The buffers of a call, and how many rows and sequences there are. v: None where it is in the keys; scales: of a
+    quantized cache, else None; of values that are in the keys those of the keys."""
 
     n: Any
     b: Any
@@ -102,6 +120,8 @@ class Operands:
     kv_indices: Any
     kv_last_page_len: Any
     out: Any
+    k_scales: Any = None
+    v_scales: Any = None
 
 
 class Tile:

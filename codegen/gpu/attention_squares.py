@@ -137,19 +137,19 @@ class _Attend:
         self.peak[0], self.total[0] = T.float32(NOTHING), T.float32(0)
         with loop(T.floordiv(tile.end - tile.begin + (tokens - 1), T.int32(tokens))) as i:
             first = m.keep(tile.begin + i * tokens)
-            self.copy(self.o.k, self.asked.head_dim, first)
+            self.copy(self.o.k, self.o.k_scales, self.asked.head_dim, first)
             m.barrier()
             self.multiply_keys()
             m.barrier()
-            self.copy(self.o.v, self.asked.v_dim, first)
+            self.copy(self.o.v, self.o.v_scales, self.asked.v_dim, first)
             self.softmax(first)
             m.barrier()
             self.multiply_values()
             m.barrier()
         self.finish(finish)
 
-    def put(self, memory: Memory, element: Any, row: Any, chunk: Any, chunks: int) -> None:
-        """Eight elements from memory to a row of a square."""
+    def put(self, memory: Memory, element: Any, row: Any, chunk: Any, chunks: int, scale: Any = None) -> None:
+        """Eight elements from memory, times a scale where there is one, to a row of a square."""
         m = self.m
         held = m.registers(SIDE, self.dtype)
         words = memory.registers(SIDE // memory.count)
@@ -157,6 +157,7 @@ class _Attend:
             memory.fetch(element + piece * memory.count, words, piece)
         for piece in range(SIDE // memory.count):
             for i, value in enumerate(memory.floats(words, piece)):
+                value = value if scale is None else value * scale
                 held[piece * memory.count + i] = value if self.dtype == "float32" else T.Cast("float16", value)
         at = T.bind(
             (T.floordiv(row, T.int32(SIDE)) * chunks + chunk) * (SIDE * SIDE) + T.floormod(row, T.int32(SIDE)) * SIDE
@@ -164,15 +165,16 @@ class _Attend:
         for i in range(0, SIDE, 4):
             T.buffer_store(self.place, held.buffer.vload([i], f"{self.dtype}x4"), [T.ramp(at + i, 1, 4)])
 
-    def copy(self, pool: Any, width: int, first: Any) -> None:
+    def copy(self, pool: Any, scales: Any, width: int, first: Any) -> None:
         """A tile of keys or values to shared memory; beyond the end, the last token again."""
         m, tile, chunks = self.m, self.tile, width // SIDE
-        memory = Memory(m, pool, self.asked.dtype, 8 if self.asked.dtype != "float32" else 4)
+        memory = Memory(m, pool, self.asked.stored, 8 if self.asked.stored != "float32" else 4)
         with loop(self.cut.tokens * chunks - m.thread, step=m.threads) as offset:
             piece = T.bind(offset + m.thread)
             row, chunk = T.bind(T.floordiv(piece, T.int32(chunks))), T.bind(T.floormod(piece, T.int32(chunks)))
             token = tile.token(m, T.bind(T.min(first + row, tile.end - 1)), self.kv_head)
-            self.put(memory, T.bind(token * width + chunk * SIDE), row, chunk, chunks)
+            scale = None if scales is None else m.keep(scales[token], "float32")
+            self.put(memory, T.bind(token * width + chunk * SIDE), row, chunk, chunks, scale)
 
     def load_queries(self) -> None:
         """Queries as squares, by way of the place of keys and values: two warps' at a time."""

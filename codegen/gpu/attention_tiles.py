@@ -10,13 +10,14 @@ shared memory, which is free when the other's barrier is passed.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from .attention_parts import Asked, Finish, Operands, Parts, Tile
+from .attention_parts import Asked, Finish, Memory, Operands, Parts, Tile
 from .attention_units import SIDE, Unit, unit_of
 from .machine import Machine, flat, i64, loop, when
 
@@ -57,8 +58,11 @@ class Tiling:
             return None
         # A third of a multiprocessor's shared memory, so that a block computes while others wait.
         room = min(target.shared_bytes, target.shared_per_multiprocessor // 3) - 1024
+        each = (row_stride(asked.head_dim) + row_stride(asked.v_dim)) * 2
+        if asked.cache and decode:  # codes pass through registers, and sums of decoding have a place of their own
+            each += sides_of(asked.v_dim) * SIDE * 4
         tokens = 64
-        while tokens > SIDE and tokens * (row_stride(asked.head_dim) + row_stride(asked.v_dim)) * 2 > room:
+        while tokens > SIDE and tokens * each > room:
             tokens //= 2
         warps = tokens // SIDE if decode else WARPS
         sides = 2 if widest <= 64 and not decode else 1
@@ -95,19 +99,32 @@ def attend(m: Machine, asked: Asked, cut: Tiling, o: Operands, tile: Tile, kv_he
 
 
 class _Copy:
-    """A tile of keys or of values on its way from the pool to shared memory."""
+    """A tile of keys or of values on its way from the pool to shared memory.
 
-    def __init__(self, attend: _Attend, pool: Any, width: int, place: Any, base: int):
+    Codes of a quantized cache become numbers on the way. Every code is a number of 16 bits, and keys stay what their
+    codes say: `factors` [tokens] in shared memory are for their scores. Values are multiplied by their scale, and
+    rounded as values of a cache in their own dtype are: weights times scales could be too small for 16 bits.
+    """
+
+    def __init__(
+        self, attend: _Attend, pool: Any, scales: Any, width: int, place: Any, base: int, *, scaled: bool = False
+    ):
         self.attend, self.m, self.width, self.stride = attend, attend.m, width, row_stride(width)
         self.tokens, self.threads = attend.cut.tokens, attend.cut.warps * attend.m.warp
         self.across = width // PIECE
         self.rounds = -(-self.tokens * self.across // self.threads)
         size = self.tokens * self.stride
         self.shared, self.base = (place, base) if place is not None else (self.m.shared(size, "uint16"), 0)
-        self.async_copy = self.m.target.async_copy
+        self.async_copy = attend.async_copy
         self.pool = flat(pool, "uint16") if self.async_copy else flat(pool, "uint32")
         if not self.async_copy:
             self.words = T.decl_buffer((size // 2,), "uint32", data=self.shared.data, scope="shared")
+        self.memory, self.scales = None, scales
+        if scales is not None:
+            self.memory = Memory(self.m, pool, attend.asked.stored, PIECE)
+            self.coming, self.scale = self.memory.registers(self.rounds), self.m.registers(self.rounds)
+            self.factors = None if scaled else self.m.shared(self.tokens)
+        elif not self.async_copy:
             self.coming = self.m.registers(self.rounds * 4, "uint32")
         self.clear()
 
@@ -139,7 +156,10 @@ class _Copy:
         def ask(i: int, row: Any, column: Any) -> None:
             token = tile.token(self.m, T.bind(T.min(first + row, tile.end - 1)), kv_head)
             at = T.bind(token * self.width + column)
-            if self.async_copy:
+            if self.memory is not None:
+                self.memory.fetch(at, self.coming, i)
+                self.scale[i] = self.scales[token]
+            elif self.async_copy:
                 to = self.shared.ptr_to([self.base + row * self.stride + column])
                 T.evaluate(T.ptx["cp.async.cg.shared.global"](to, self.pool.ptr_to([at]), 16))
             else:
@@ -154,12 +174,25 @@ class _Copy:
         if self.async_copy:
             T.evaluate(T.ptx.cp.async_.wait_group(0))
         else:
-            self.pieces(
-                lambda i, row, column: self.m.put(
-                    self.words, self.base + row * self.stride + column, "uint16", self.coming, i * 4, PIECE
-                )
-            )
+
+            def land(i: int, row: Any, column: Any) -> None:
+                words, at = (self.coming, i * 4) if self.memory is None else (self.numbers(i), 0)
+                self.m.put(self.words, self.base + row * self.stride + column, "uint16", words, at, PIECE)
+                if self.memory is not None and self.factors is not None:
+                    with when(column == 0):
+                        T.buffer_store(self.factors, self.scale[i], [row])
+
+            self.pieces(land)
         self.m.barrier()
+
+    def numbers(self, i: int) -> Any:
+        """The i-th piece of codes as words of numbers in the dtype of queries."""
+        words = self.m.registers(PIECE // 2, "uint32")
+        values = self.memory.floats(self.coming, i)
+        if self.factors is None:
+            values = [value * self.scale[i] for value in values]
+        self.m.pack(values, self.attend.asked.dtype, words, 0)
+        return words
 
 
 class _Attend:
@@ -175,10 +208,11 @@ class _Attend:
         keys, values = (cut.tokens * row_stride(width) for width in (asked.head_dim, asked.v_dim))
         # One place for both, that the sums of decoding take in the end; but where tokens pass through registers, TVM's
         # check of shared memory sees each store and takes one buffer for one place: there are two.
-        self.room = keys + values if m.target.async_copy else 0
+        self.async_copy = m.target.async_copy and not asked.cache
+        self.room = keys + values if self.async_copy else 0
         place = m.shared(self.room, "uint16") if self.room else None
-        self.keys = _Copy(self, o.k, asked.head_dim, place, 0)
-        self.values = _Copy(self, o.v, asked.v_dim, place, keys)
+        self.keys = _Copy(self, o.k, o.k_scales, asked.head_dim, place, 0)
+        self.values = _Copy(self, o.v, o.v_scales, asked.v_dim, place, keys, scaled=True)
         # Sixteens of tokens that a warp takes, and the first of them.
         self.pieces = 1 if cut.apart else cut.tokens // SIDE
         self.shift = T.bind(m.warp_number * SIDE) if cut.apart else 0
@@ -289,6 +323,10 @@ class _Attend:
         """Products to weights relative to the new peaks; totals and sums moved to them."""
         m, asked, unit = self.m, self.asked, self.unit
         factor = T.float32(1.0 if asked.softcap else asked.query_factor)
+        if asked.cache:
+            for side, i in itertools.product(range(self.cut.sides), range(unit.queries)):
+                for register, token in self.scores_of(side, i):
+                    self.scores[register] = self.scores[register] * self.keys.factors[token]
         if asked.softcap:
             for e in range(len(self.scores)):
                 self.scores[e] = asked.capped(m, self.scores[e] * T.float32(asked.query_factor))

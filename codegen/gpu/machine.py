@@ -37,7 +37,17 @@ __all__ = [
     "whole",
 ]
 
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "uint16": 2, "uint32": 4, "int32": 4, "int64": 8}
+BYTES = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "uint16": 2,
+    "uint32": 4,
+    "int32": 4,
+    "int64": 8,
+}
 # Fast math (MSL) may take infinities for numbers that can't be: masks are finite.
 LEAST = -3e38  # a masked score: exp2(LEAST - NOTHING) is 0
 NOTHING = -1e30  # a peak before the first score: exp2(NOTHING - score) is 0

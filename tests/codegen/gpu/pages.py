@@ -3,6 +3,8 @@
 import ml_dtypes
 import numpy as np
 
+from tests import quantized_cache
+
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -30,6 +32,16 @@ def paged(values, table, page_size):
             number = table["kv_indices"][table["kv_indptr"][s] + position // page_size]
             pages[number, :, position % page_size] = row
     return pages
+
+
+def pools(values, table, page_size, kind=None):
+    """The tensors of pages that hold values: of a cache in 8 bits (`kind`) codes and scales, NaN in slots of no one."""
+    if kind is None:
+        return [paged(values, table, page_size)]
+    codes, scales = zip(*(quantized_cache.quantize(value, kind) for value in values), strict=True)
+    beside = paged([scale[..., None] for scale in scales], table, page_size)[..., 0]
+    pages = paged([code.astype(np.float32) for code in codes], table, page_size)
+    return [np.nan_to_num(pages, nan=85).astype(codes[0].dtype), beside]
 
 
 def attention(q, k, v, sinks, scale, softcap=0.0, window=0, chunk=0):

@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
+from tests import quantized_cache
 from tests.codegen.gpu import emission, pages
 
 # (kv length, new tokens). n of 1, 7, 64 and 200; one page, page boundaries, many pages, nothing new, all decoding.
@@ -45,11 +46,12 @@ COVER = [
 class Case:
     """Random sequences of one case, and its kernel's answers on the software device."""
 
-    def __init__(self, kind, dtype, case, **how):
+    def __init__(self, kind, dtype, case, cache=None, **how):
         from llmc.codegen.gpu.attention import paged_attention
 
         self.heads, self.kv_heads, self.head_dim, self.v_dim, self.page_size, self.options = CASES[case]
         self.dtype, self.scale, self.target = dtype, 1.5 * self.head_dim**-0.5, emission.target(kind)
+        self.cache, how = cache, how | ({"cache": cache} if cache else {})
         shape = (self.heads, self.kv_heads, self.head_dim, self.v_dim)
         self.kernel = paged_attention(
             self.target, *shape, dtype, self.page_size, False, self.scale, **self.options, **how
@@ -68,7 +70,8 @@ class Case:
 
         table = pages.tables(batch, self.page_size)
         queries, keys, values = zip(*self.sequences(batch, first), strict=True)
-        pools = [pages.paged(x, table, self.page_size) for x in (keys, values)[: 1 if "v_width" in self.options else 2]]
+        stored = (keys,) if "v_width" in self.options else (keys, values)
+        pools = [pool for x in stored for pool in pages.pools(x, table, self.page_size, self.cache)]
         q = np.concatenate(queries)
         out = Unwritten((len(q), self.heads, self.v_dim), self.dtype)
         arguments = [q, *pools, *([] if self.sinks is None else [self.sinks]), *table.values(), out]
@@ -81,6 +84,9 @@ class Case:
         worst = 0.0
         for found, (q, k, v) in zip(self.answers(batch), self.sequences(batch), strict=True):
             if len(q):
+                k, v = (quantized_cache.rounded(x, self.cache) for x in (k, v))
+                if self.cache and "v_width" in self.options:
+                    v = k[..., : self.v_dim]
                 truth = pages.attention(q, k, v, self.sinks, self.scale, **masks)
                 worst = max(worst, np.abs(found - truth).max() / np.abs(truth).max())
         return worst
@@ -95,6 +101,42 @@ def check(kind, dtype, case):
 @pytest.mark.parametrize(("kind", "dtype", "case"), COVER)
 def test_matches_float64(kind, dtype, case):
     check(kind, dtype, case)
+
+
+# Of a cache in 8 bits, values times their scales (of a latent: keys) are rounded once more on their way to matrix
+# units, as they are where they are stored in the dtype itself: by 2**-9 in bfloat16, 2**-12 in float16.
+QUANTIZED_BATCHES = [BATCHES[1], BATCHES[3], BATCHES[4]]
+QUANTIZED = list(itertools.product(emission.EXECUTED, TOLERANCE, CASES, quantized_cache.KINDS))
+QUANTIZED_COVER = [
+    ("cuda", "float16", "grouped", "int8"),
+    ("cuda", "bfloat16", "many heads", "fp8"),
+    ("cuda", "float32", "sinks", "fp8"),
+    ("cuda", "bfloat16", "latent, many heads", "int8"),
+    ("cuda", "float16", "odd widths", "int8"),
+    ("rocm", "bfloat16", "grouped", "fp8"),
+    ("rocm", "float16", "window in chunk", "int8"),
+    ("rocm", "float32", "latent, odd", "int8"),
+    ("metal", "float16", "grouped", "int8"),
+    ("metal", "bfloat16", "sinks", "fp8"),
+    ("metal", "float32", "alone", "int8"),
+]
+
+
+def check_quantized(kind, dtype, case, cache):
+    one = Case(kind, dtype, case, cache)
+    for batch in QUANTIZED_BATCHES:
+        assert one.error(batch) < TOLERANCE[dtype], f"{kind}, {dtype}, {case}, {cache}, {batch}"
+
+
+@pytest.mark.parametrize(("kind", "dtype", "case", "cache"), QUANTIZED_COVER)
+def test_a_quantized_cache(kind, dtype, case, cache):
+    check_quantized(kind, dtype, case, cache)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "dtype", "case", "cache"), [c for c in QUANTIZED if c not in QUANTIZED_COVER])
+def test_a_quantized_cache_everywhere(kind, dtype, case, cache):
+    check_quantized(kind, dtype, case, cache)
 
 
 @pytest.mark.parametrize(("kind", "dtype", "case"), [("rdna3", "bfloat16", "grouped"), ("rdna4", "float16", "sinks")])
