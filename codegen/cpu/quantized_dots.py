@@ -136,7 +136,9 @@ class DotProduct(Product):
         return max(1, registers // self.layout.vectors // (self.terms + (1 if self.sums else 0)))
 
     def blocks(self, rows: Any) -> tuple[Any, ...]:
-        """Scratch for rows: words of each term [row][stride], scales [row][groups], sums of N [row][segments]."""
+        """Scratch for rows: words of each term [row][stride], scales [row][groups], and what sums begin with
+        [row][segments]: minus the sum of N, times the offset if there is one.
+        """
         padded = rows + self.block
         words = [scratch([padded * self.stride], "int32") for _ in range(self.terms)]
         return (*words, scratch([padded * self.groups], "float32"), scratch([padded * self.segments], "int32"))
@@ -205,7 +207,8 @@ class DotProduct(Product):
 
             pieces(size, lanes, put)
             all = rest.get() + reduce(wide, "add", total.get()) if size >= lanes else rest.get()
-            T.buffer_store(sums, all, [to * self.segments + index])
+            less = T.int32(0) - all * T.int32(1 if self.offset is None else self.offset)
+            T.buffer_store(sums, less, [to * self.segments + index])
 
         full, rest = divmod(size, self.segment)
         before = T.bind(T.floordiv(start, T.int64(self.segment)))
@@ -243,9 +246,9 @@ class DotProduct(Product):
                         for term in sums[:-1]:
                             term[r][j].set(v.iconst(0))
                         if zero is not None:
-                            sums[-1][r][j].set(v.iconst(0) - zero[j] * v.broadcast(total))
+                            sums[-1][r][j].set(zero[j] * v.broadcast(total))
                         else:
-                            sums[-1][r][j].set(v.broadcast(T.int32(0) - total * T.int32(self.offset)))
+                            sums[-1][r][j].set(v.broadcast(total))
                 count = -(-size_of_segment // STEP)
                 base_step = T.bind(s * (self.segment // STEP)) if self.sums else T.int64(0)
                 aligned = not self.sums or self.segment // STEP % layout.together == 0
