@@ -14,6 +14,7 @@ import resource
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -172,9 +173,92 @@ class LlamaCpp:
         return statistics.median(times)
 
 
+class CTranslate2:
+    """A converted folder, decoded greedily."""
+
+    def __init__(self, path: str):
+        import ctranslate2
+
+        self.generator = ctranslate2.Generator(path, device="cpu", intra_threads=cores(), inter_threads=1)
+        self.words = json.loads((Path(path) / "vocabulary.json").read_text())
+        self.vocab_size = len(self.words)
+        self.prompts = Prompts(self.vocab_size)
+
+    def _generate(self, context: int, batch: int, tokens: int) -> list[float]:
+        """Moments: of the start, and of every token of the first sequence."""
+        prompts = [[self.words[t] for t in self.prompts(context)] for _ in range(batch)]
+        moments = [time.perf_counter()]
+
+        def token(result) -> bool:
+            if result.batch_id == 0:
+                moments.append(time.perf_counter())
+            return False
+
+        self.generator.generate_batch(
+            prompts,
+            max_length=tokens,
+            min_length=tokens,
+            sampling_topk=1,
+            include_prompt_in_result=False,
+            end_token=[],
+            callback=token,
+        )
+        return moments
+
+    def prefill(self, tokens: int) -> float:
+        moments = self._generate(tokens, 1, 1)
+        return moments[1] - moments[0]
+
+    def decode(self, context: int, batch: int, steps: int) -> float:
+        return statistics.median(np.diff(self._generate(context, batch, steps + 1))[1:])
+
+
+class OnnxRuntimeGenAI:
+    """A folder that onnxruntime-genai's model builder made, decoded greedily."""
+
+    def __init__(self, path: str):
+        import onnxruntime_genai
+
+        self.module = onnxruntime_genai
+        file = Path(path) / "genai_config.json"
+        config = json.loads(file.read_text())
+        config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = cores()
+        file.write_text(json.dumps(config, indent=1))
+        self.model = onnxruntime_genai.Model(path)
+        self.vocab_size = config["model"]["vocab_size"]
+        self.prompts = Prompts(self.vocab_size)
+
+    def _generate(self, context: int, batch: int, steps: int) -> list[float]:
+        """Seconds of the prompt with its first token, and of every further token."""
+        params = self.module.GeneratorParams(self.model)
+        length = context + steps + 1
+        params.set_search_options(max_length=length, min_length=length, batch_size=batch, do_sample=False)
+        generator = self.module.Generator(self.model, params)
+        ids = np.array([self.prompts(context) for _ in range(batch)], np.int32)
+        started = time.perf_counter()
+        generator.append_tokens(ids)
+        times = []
+        for _ in range(steps + 1):
+            generator.generate_next_token()
+            ended = time.perf_counter()
+            times.append(ended - started)
+            started = ended
+        return times
+
+    def prefill(self, tokens: int) -> float:
+        return self._generate(tokens, 1, 0)[0]
+
+    def decode(self, context: int, batch: int, steps: int) -> float:
+        return statistics.median(self._generate(context, batch, steps)[1:])
+
+
 def make(name: str, path: str) -> Engine:
-    if name == "llama.cpp":
+    if name.startswith("llama.cpp"):
         return LlamaCpp(path)
+    if name.startswith("ctranslate2"):
+        return CTranslate2(path)
+    if name.startswith("onnxruntime-genai"):
+        return OnnxRuntimeGenAI(path)
     if name.startswith("transformers-"):
         return Transformers(path, name.removeprefix("transformers-"))
     return Llmc(path)

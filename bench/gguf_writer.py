@@ -62,5 +62,19 @@ def write(folder: Path, path: Path) -> Path:
     return path
 
 
+def quantize(source: Path, kind: str, path: Path, threads: int) -> Path:
+    """An F16 GGUF file in llama.cpp's own quantization, e.g. kind "Q4_0": its file, as its users have it."""
+    import ctypes
+
+    import llama_cpp as c
+
+    params = c.llama_model_quantize_default_params()
+    params.nthread, params.ftype = threads, getattr(c, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    status = c.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(params))
+    if status:
+        raise RuntimeError(f"llama_model_quantize returned {status} for {kind}")
+    return path
+
+
 if __name__ == "__main__":
     print(write(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -1,7 +1,8 @@
-"""Speed side by side: llmc, llama.cpp and transformers on one shape, one machine, one run.
+"""Speed side by side: llmc, llama.cpp, transformers and others on one shape, one machine, one run.
 
     python -m llmc.bench.speed --work DIR                 # makes the models and artifacts in DIR, then measures
     python -m llmc.bench.speed --work DIR --rounds 5 --only decode-128,prefill-512
+    python -m llmc.bench.speed --work DIR --quantized     # schemes of 4 and 8 bits, and the same of others
 
 Every engine loads once in a process of its own; then rounds go through all tasks and engines in turn, so that what else
 the machine does hits all of them alike. Medians over the rounds, ratios of medians, and the machine's read bandwidth
@@ -11,6 +12,7 @@ in the same rounds. Rows are appended to bench/results/speed.jsonl, and the tabl
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -38,6 +40,32 @@ ENGINES = {
     "transformers-bfloat16": ("decode-128", "prefill-512"),
     "transformers-float32": ("prefill-512",),
 }
+DTYPE = "float32"  # what llmc computes in over quantized weights, the products apart
+# Engines over quantized weights. llmc-SCHEME: an artifact of that scheme; an engine that is not installed is left out.
+_ALL = tuple(TASKS)
+_SHORT = ("decode-128", "batch8-128", "prefill-512")
+QUANTIZED = {
+    "llmc-int4": _ALL,
+    "llmc-int4:head=int4": _SHORT,
+    "llmc-int4-g32-a8": _SHORT,
+    "llmc-int8": _ALL,
+    "llmc-w8a8": _SHORT,
+    "llama.cpp-Q4_0": _ALL,
+    "llama.cpp-Q8_0": _ALL,
+    "ctranslate2-int8": _SHORT,
+    "onnxruntime-genai-int4": _SHORT,
+}
+_MODULES = {"ctranslate2": "ctranslate2", "onnxruntime-genai": "onnxruntime_genai", "llama.cpp": "llama_cpp"}
+
+
+def tasks_of(engine: str) -> tuple[str, ...]:
+    """The tasks that an engine is measured in."""
+    return ENGINES.get(engine) or QUANTIZED.get(engine, _SHORT)
+
+
+def installed(engine: str) -> bool:
+    """Whether the package that an engine needs is there."""
+    return all(importlib.util.find_spec(m) for name, m in _MODULES.items() if engine.startswith(name))
 
 
 @dataclass
@@ -91,18 +119,46 @@ def prepare(work: Path, shape: str, engines: list[str]) -> dict[str, Path]:
         shapes.write(shape, folder)
     paths = {}
     for engine in engines:
+        kind = engine.partition("-")[2]
         if engine.startswith("llmc-"):
-            dtype = engine.removeprefix("llmc-")
-            paths[engine] = work / f"{shape}-{dtype}.llmc"
+            dtype, scheme = (kind, None) if engine in ENGINES else (DTYPE, kind)
+            paths[engine] = work / f"{shape}-{kind.replace(':', '-')}.llmc"
             if not paths[engine].exists():
-                llmc.compile(folder, dtype=dtype, max_context=4096, output=paths[engine], progress=True)
-        elif engine == "llama.cpp":
-            paths[engine] = work / f"{shape}-F16.gguf"
+                made = {"dtype": dtype, "quantize": scheme, "max_context": 4096}
+                llmc.compile(folder, output=paths[engine], progress=True, **made)
+        elif engine.startswith("llama.cpp"):
+            whole = work / f"{shape}-F16.gguf"
+            if not whole.exists():
+                gguf_writer.write(folder, whole)
+            paths[engine] = work / f"{shape}-{kind}.gguf" if kind else whole
             if not paths[engine].exists():
-                gguf_writer.write(folder, paths[engine])
+                gguf_writer.quantize(whole, kind, paths[engine], cores())
+        elif engine.startswith("ctranslate2"):
+            paths[engine] = work / f"{shape}-{engine}"
+            if not paths[engine].exists():
+                _run("ctranslate2.converters.transformers", "--model", folder, "--output_dir", paths[engine],
+                     "--quantization", kind, "--low_cpu_mem_usage")  # fmt: skip
+        elif engine.startswith("onnxruntime-genai"):
+            paths[engine] = work / f"{shape}-{engine}"
+            if not paths[engine].exists():
+                _run("onnxruntime_genai.models.builder", "-m", folder, "-o", paths[engine], "-p", "int4", "-e", "cpu",
+                     "-c", work / "onnxruntime-genai-cache")  # fmt: skip
         else:
             paths[engine] = folder
     return paths
+
+
+def _run(module: str, *arguments: Any) -> None:
+    """A Python module as a command, in a process of its own."""
+    subprocess.run([sys.executable, "-m", module, *map(str, arguments)], check=True)
+
+
+def weight_bytes(path: Path) -> int:
+    """Bytes of a model's weights on disk."""
+    if path.is_file():
+        return path.stat().st_size
+    files = [f for f in path.iterdir() if f.suffix in (".safetensors", ".bin", ".onnx", ".data")]
+    return sum(f.stat().st_size for f in files)
 
 
 def measure(paths: dict[str, Path], tasks: list[str], rounds: int) -> dict:
@@ -116,7 +172,7 @@ def measure(paths: dict[str, Path], tasks: list[str], rounds: int) -> dict:
             bandwidth.append(probe.median(1))
             for task in tasks:
                 for engine, worker in workers.items():
-                    if task in ENGINES[engine]:
+                    if task in tasks_of(engine):
                         found = worker.measure(TASKS[task])
                         seconds[task].setdefault(engine, []).append(found["seconds"])
                         peak[engine] = found["peak_bytes"]
@@ -129,6 +185,7 @@ def measure(paths: dict[str, Path], tasks: list[str], rounds: int) -> dict:
         "seconds": {t: {e: s[1:] for e, s in by.items()} for t, by in seconds.items()},
         "load_seconds": {engine: worker.load_seconds for engine, worker in workers.items()},
         "peak_bytes": peak,
+        "weight_bytes": {engine: weight_bytes(path) for engine, path in paths.items()},
     }
 
 
@@ -138,10 +195,12 @@ def tokens(task: str) -> int:
 
 
 def table(found: dict) -> str:
-    """Tokens a second (median, and range over rounds), and the ratios to each engine of llmc computing in float32 and
-    in bfloat16. An engine that names its dtype is compared with the same."""
-    own = ("llmc-float32", "llmc-bfloat16")
-    lines = ["| task | engine | tokens/s | range | float32 / engine | bfloat16 / engine |", "|---|---|---|---|---|---|"]
+    """Tokens a second (median, and range over rounds), and how many times those of each other engine every engine of
+    llmc makes. Engines that name the dtype they compute in are compared with the same.
+    """
+    own = list(dict.fromkeys(e for by in found["seconds"].values() for e in by if e.startswith("llmc-")))
+    columns = " | ".join(e.removeprefix("llmc-") + " / engine" for e in own)
+    lines = [f"| task | engine | tokens/s | range | {columns} |", "|---|---|---|---|" + "---|" * len(own)]
     for task, engines in found["seconds"].items():
         rate = {e: [tokens(task) / s for s in seconds] for e, seconds in engines.items()}
         for engine, rates in rate.items():
@@ -154,6 +213,9 @@ def table(found: dict) -> str:
             ranged = f"{min(rates):.1f} to {max(rates):.1f}"
             lines.append(f"| {task} | {engine} | {median:.1f} | {ranged} | {' | '.join(cells)} |")
     lines.append("")
+    if "weight_bytes" in found:
+        sizes = ", ".join(f"{engine} {size / 1e6:.0f}" for engine, size in found["weight_bytes"].items())
+        lines.append(f"weights on disk, MB: {sizes}")
     lines.append(f"read bandwidth {found['bandwidth'] / 1e9:.1f} GB/s on {cores()} cores")
     return "\n".join(lines)
 
@@ -165,9 +227,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", help="tasks, joined by commas")
     parser.add_argument("--engines", help="engines, joined by commas")
+    parser.add_argument("--quantized", action="store_true", help="engines over quantized weights")
     arguments = parser.parse_args()
     tasks = arguments.only.split(",") if arguments.only else list(TASKS)
-    engines = arguments.engines.split(",") if arguments.engines else list(ENGINES)
+    engines = arguments.engines.split(",") if arguments.engines else list(QUANTIZED if arguments.quantized else ENGINES)
+    engines = [engine for engine in engines if installed(engine)]
     arguments.work.mkdir(parents=True, exist_ok=True)
     paths = prepare(arguments.work, arguments.shape, engines)
     found = measure(paths, tasks, arguments.rounds)

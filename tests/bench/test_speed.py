@@ -50,6 +50,28 @@ def test_table_has_medians_and_ratios():
     assert "read bandwidth 20.0 GB/s" in text
 
 
+def test_table_of_quantized_engines():
+    seconds = {"llmc-int4": [0.1], "llmc-int4-g32-a8": [0.05], "llama.cpp-Q4_0": [0.2]}
+    text = speed.table({"bandwidth": 1e9, "seconds": {"decode-128": seconds}, "weight_bytes": {"llmc-int4": 81e7}})
+    assert "| task | engine | tokens/s | range | int4 / engine | int4-g32-a8 / engine |" in text
+    assert "| decode-128 | llama.cpp-Q4_0 | 5.0 | 5.0 to 5.0 | 2.00 | 4.00 |" in text
+    assert "weights on disk, MB: llmc-int4 810" in text
+
+
+def test_engines_know_their_tasks_and_packages(monkeypatch):
+    assert speed.tasks_of("llama.cpp") == speed.ENGINES["llama.cpp"]
+    assert "decode-2048" in speed.tasks_of("llama.cpp-Q4_0") and "prefill-512" in speed.tasks_of("llmc-int3-g32")
+    assert speed.installed("llmc-int4") and speed.installed("transformers-float32")
+    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: None)
+    assert not speed.installed("ctranslate2-int8") and speed.installed("llmc-int4")
+
+
+def test_weights_are_counted_by_file_or_folder(tmp_path):
+    (tmp_path / "model.bin").write_bytes(bytes(100))
+    (tmp_path / "config.json").write_bytes(bytes(7))
+    assert speed.weight_bytes(tmp_path) == speed.weight_bytes(tmp_path / "model.bin") == 100
+
+
 def test_an_engine_that_dies_is_named(tmp_path):
     with pytest.raises(RuntimeError, match=r"llama.cpp: the engine's process ended with exit code"):
         speed.Worker.start("llama.cpp", tmp_path / "missing.gguf")
