@@ -35,6 +35,14 @@ def test_an_unknown_model_keeps_its_bf16_instruction():
     assert "avx512_bf16" in target.features
 
 
+def test_an_unknown_model_keeps_its_integer_dots():
+    target = cpu.detect(cpuinfo("GenuineIntel", 6, 250, FLAGS_V4 + " avx512_bf16 avx512_vnni"))
+    assert target.name == "cpu:x86-64-v4+bf16+vnni" and target.llvm()["mattr"] == ["+avx512bf16", "+avx512vnni"]
+    target = cpu.detect(cpuinfo("GenuineIntel", 6, 250, " ".join(cpu.X86_64_V3) + " avx_vnni"))
+    assert target.name == "cpu:x86-64-v3+vnni" and target.llvm()["mattr"] == ["+avxvnni"]
+    assert "avx_vnni" in target.features
+
+
 def test_an_old_cpu_is_refused_with_what_it_lacks():
     with pytest.raises(ValueError, match="lacks avx2, bmi1"):
         cpu.detect(cpuinfo("GenuineIntel", 6, 42, "avx movbe f16c fma"))
