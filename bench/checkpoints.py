@@ -98,6 +98,17 @@ def key(name):
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 
+def reread(name, folder, **others):
+    """A saved type as transformers reads it: float32, eager attention."""
+    chosen, auto = configs.variant(name), published_class(configs.variant(name).model_type)
+    exact = dict(dtype=torch.float32, attn_implementation="eager") | others
+    if chosen.long_factors:
+        longer = auto.from_pretrained(folder, **exact).config
+        longer.rope_parameters["short_factor"] = longer.rope_parameters["long_factor"]
+        exact["config"] = longer
+    return auto.from_pretrained(folder, **exact).eval()
+
+
 def write(name, folder):
     """Save the random model of a type or a variant in `folder`, with transformers' logits of it; returns the facts.
 
@@ -120,11 +131,7 @@ def write(name, folder):
     ids = tokens(name, text.vocab_size)
     before = logits(model, ids[3])
     model.to(stored).save_pretrained(folder, **({"max_shard_size": chosen.shard} if chosen.shard else {}))
-    if chosen.long_factors:
-        longer = auto.from_pretrained(folder, **exact).config
-        longer.rope_parameters["short_factor"] = longer.rope_parameters["long_factor"]
-        exact["config"] = longer
-    model = auto.from_pretrained(folder, **exact).eval()
+    model = reread(name, folder)
     want = [logits(model, sequence) for sequence in ids]
     unit = spread(want)
 
@@ -144,7 +151,7 @@ def write(name, folder):
     if not chosen.long_factors:
         facts["reloaded"] = part(before, want[3])
     try:
-        other = auto.from_pretrained(folder, **exact | dict(attn_implementation="sdpa")).eval()
+        other = reread(name, folder, attn_implementation="sdpa")
     except (ValueError, ImportError):
         facts["sdpa"] = None  # the type has eager attention alone
     else:

@@ -123,8 +123,11 @@ def executor_of(path, tokens=1024):
     return CpuExecutor(Path(path), manifest, target, [tokens // group.page_size + 1 for group in target.state])
 
 
-def compare(path, folder):
-    """Run an artifact in every way and compare: {"verdict", "errors", "bitwise"}."""
+def compare(path, folder, measure=error):
+    """Run an artifact in every way and compare: {"verdict", "errors", "bitwise"}.
+
+    measure: what is an error of logits found, logits wanted, and their spread.
+    """
     import llmc
 
     facts, ids, want = checkpoints.read(folder)
@@ -135,7 +138,7 @@ def compare(path, folder):
         executor = executor_of(path)
         ways[name] = way(Sequences(executor), ids)
         executor.close()
-    errors = {name: error(got, want, facts["spread"]) for name, got in ways.items()}
+    errors = {name: measure(got, want, facts["spread"]) for name, got in ways.items()}
     same = all(np.array_equal(a, b) for got in ways.values() for a, b in zip(got, ragged, strict=True))
     differs = {} if same else {"reason": "the numbers pass, but their bits depend on how sequences are cut or batched"}
     return {"verdict": verdict(errors), "errors": errors, "bitwise": same, **differs}

@@ -104,11 +104,14 @@ class Plan:
 _BITS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16}
 
 
-def plan(imported: Any, choice: Choice, *, smallest: int = SMALLEST, narrowest: int = NARROWEST) -> Plan:
+def plan(imported: Any, choice: Choice, *, smallest: int | None = None, narrowest: int | None = None) -> Plan:
     """The plan for a model in floats: what every weight is used for decides.
 
+    smallest, narrowest: weights and columns of the smallest product that is quantized; default: SMALLEST and NARROWEST.
     CompileError where nothing can be quantized.
     """
+    smallest = SMALLEST if smallest is None else smallest
+    narrowest = NARROWEST if narrowest is None else narrowest
     found: dict[str, Scheme] = {}
     kept: dict[str, str] = {}
     uses = weight_uses(imported.module)

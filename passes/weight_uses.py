@@ -87,6 +87,9 @@ class _Uses:
             use, turned = self.derived[value.args[0]]
             self.derived[var] = use, turned != (name == "permute_dims")
             return
+        if op_of(self.module, value) == "expert_linear":
+            for bias in used & self.derived.keys() & set(value.args[3:]):  # no matrix of a product
+                self.found.pop(self.derived.pop(bias)[0].name, None)
         read = self.read(value)
         for weight in used & self.derived.keys():
             use, turned = self.derived[weight]

@@ -204,3 +204,14 @@ def test_expected(golden):
     plan = {n: schemes.parse("int8" if "head" in u.roles else "int4-g32-a8") for n, u in uses.items() if u.roles}
     after, *_ = quantized(decoder.module, decoder.weights, plan, fuse=True)
     golden("quantize_weights.txt", text(after))
+
+
+def test_biases_of_experts_are_no_matrices():
+    class Biased(Mixture):
+        def mlp(self, at, x):
+            ids = self.emit(R.astype(self.emit(R.argmax(self.linear(x, f"{at}.router", 4), axis=-1)), "int32"))
+            w = self.weight(f"{at}.experts", 4, self.hidden, self.hidden)
+            return expert_linear(self.bb, x, w, ids, self.weight(f"{at}.bias", 4, self.hidden))
+
+    uses = weight_uses(Biased(layers=1).module)
+    assert "layers.0.mlp.experts" in uses and "layers.0.mlp.bias" not in uses
