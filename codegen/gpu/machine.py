@@ -344,6 +344,23 @@ class Machine:
             found.append(T.bind(value))
         return found
 
+    def masked(self, word: Any, mask: int, ones: int) -> Any:
+        """word & mask | ones, of uint32: one instruction where the machine has one of three operands."""
+        if self.language != "cuda":
+            return T.bitwise_or(T.bitwise_and(word, T.uint32(mask)), T.uint32(ones))
+        found = Registers(1, "uint32")  # nvcc makes two of it, each with one of the constants in it
+        T.evaluate(T.ptx["lop3.b32"](found[0], word, T.uint32(mask), T.uint32(ones), 0xEA))
+        return found[0]
+
+    def pack_pairs(self, values: Sequence[Any], dtype: str, to: Registers, at: int) -> None:
+        """`pack` for float16 and bfloat16, two at a time where the machine can; a NaN may become another one."""
+        if self.language != "cuda":
+            return self.pack(values, dtype, to, at)
+        convert = T.ptx[f"cvt.rn.{'f16x2' if dtype == 'float16' else 'bf16x2'}.f32"]
+        for i in range(0, len(values), 2):
+            T.evaluate(convert(to[at + i // 2], values[i + 1], values[i]))
+        return None
+
     def pack(self, values: Sequence[Any], dtype: str, to: Registers, at: int) -> None:
         """float32 values into words to[at], … as elements of `dtype`, rounded to nearest even."""
         if dtype == "float32":

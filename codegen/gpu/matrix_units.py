@@ -122,7 +122,7 @@ class _Words:
 
     def put_values(self, values: Sequence[Any], piece: Any, at: Any) -> None:
         held = self.hold()
-        self.machine.pack(values, self.dtype, held, 0)
+        self.machine.pack_pairs(values, self.dtype, held, 0)
         self.put(held, piece, at)
 
     def addresses(self, first: Any, chunks: int, step: Any, of_x: bool) -> list[Any]:

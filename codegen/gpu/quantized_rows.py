@@ -215,13 +215,11 @@ class QuantizedRows:
         """What the code at bit `place` of a word stands for; `place` and its bits are within 23."""
         bits, m = self.format.bits, self.machine
         mask = ((1 << bits) - 1) << place
-        code = T.bitwise_and(word, T.uint32(mask))
-        if self.looked_up:
-            return T.bind(self.values[T.Cast("int32", T.shift_right(code, T.uint32(place)))])
         if self.format.table:
-            return self._e4m3(T.bind(T.shift_right(code, T.uint32(place))))
+            code = T.bind(T.shift_right(T.bitwise_and(word, T.uint32(mask)), T.uint32(place)))
+            return T.bind(self.values[T.Cast("int32", code)]) if self.looked_up else self._e4m3(code)
         one = 2.0 ** (EXACT - place)  # the number whose mantissa counts ones from bit `place`
-        found = T.reinterpret("float32", T.bitwise_or(code, T.uint32(int(np.float32(one).view(np.uint32)))))
+        found = T.reinterpret("float32", m.masked(word, mask, int(np.float32(one).view(np.uint32))))
         if zero is not None:
             return T.bind(found - T.bind(zero + m.number(one)))
         return T.bind(found - m.number(one + self.format.offset))

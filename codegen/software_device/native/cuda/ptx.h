@@ -99,6 +99,12 @@ PTX ptx_mul_f16x2(uint32_t &d, uint32_t a, uint32_t b) { d = ptx_pair(ptx_half(a
 PTX ptx_fma_rn_f16x2(uint32_t &d, uint32_t a, uint32_t b, uint32_t c) {
   d = ptx_pair(fmaf(ptx_half(a, 0), ptx_half(b, 0), ptx_half(c, 0)), fmaf(ptx_half(a, 1), ptx_half(b, 1), ptx_half(c, 1)));
 }
+PTX ptx_cvt_rn_f16x2_f32(uint32_t &d, float high, float low) { d = ptx_pair(low, high); }
+DEVICE_INLINE uint32_t ptx_bf16(float value) {
+  uint32_t bits = __builtin_bit_cast(uint32_t, value);
+  return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+PTX ptx_cvt_rn_bf16x2_f32(uint32_t &d, float high, float low) { d = ptx_bf16(low) | ptx_bf16(high) << 16; }
 PTX ptx_ex2_approx_ftz_f32(float &d, float a) { d = exp2f(a); }
 PTX ptx_ex2_approx_f32(float &d, float a) { d = exp2f(a); }
 PTX ptx_rcp_approx_ftz_f32(float &d, float a) { d = 1.0f / a; }
