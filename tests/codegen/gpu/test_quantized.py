@@ -50,18 +50,77 @@ def check(name, case, rows=ROWS, rounded=None):
         assert miss <= 1, f"{n} rows: {miss:.2f} times as far from the product as it may be"
 
 
-# Every format on some target, every target with its matrix unit, some sizes of tiles and some ragged shape.
+# Every kind of format, every executed target, every dtype of activations, all sizes of tiles, ragged shapes; experts
+# and rounded activations. The formats' products with everything are slow tests.
 QUICK = [
-    ("cuda:sm_90", QuantizedCase("int4", 200, 160, "bfloat16"), (1, 9, 200)),
-    ("cuda:sm_90", QuantizedCase("int8", 34, 96, "float16", out="float32"), (7, 64)),
-    ("rocm:gfx942", QuantizedCase("int4", 34, 96, "float16"), (1, 64)),
-    ("metal", QuantizedCase("int8", 64, 128, "bfloat16"), (1, 16)),
+    ("cuda:sm_90", QuantizedCase("int4", 34, 96, "bfloat16"), (0, 1, 9, 200), None),
+    ("cuda:sm_90", QuantizedCase("int8", 33, 44, "float16", out="float32"), (7, 64), None),
+    ("cuda:sm_90", QuantizedCase("nf4", 34, 64, "float16", experts=3, bias="float32"), (2, 9), None),
+    ("rocm:gfx942", QuantizedCase("int4", 34, 96, "float16"), (1, 64), None),
+    ("rocm:gfx942", QuantizedCase("mxfp4", 33, 96, "float32", out="bfloat16"), (8, 16), None),
+    ("rocm:gfx942", QuantizedCase("int3-zp", 34, 80, "bfloat16"), (3, 9), None),
+    ("metal", QuantizedCase("int8", 64, 128, "bfloat16"), (1, 16), 0),
+    ("metal", QuantizedCase("int4-zp", 34, 192, "float16"), (8, 9), None),
+    ("metal", QuantizedCase("fp8", 33, 44, "float32"), (1, 9), None),
 ]
 
 
-@pytest.mark.parametrize(("name", "case", "rows"), QUICK, ids=lambda p: getattr(p, "label", None))
-def test_products(name, case, rows):
-    check(name, case, rows)
+@pytest.mark.parametrize(("name", "case", "rows", "rounded"), QUICK, ids=lambda p: getattr(p, "label", None))
+def test_products(name, case, rows, rounded):
+    check(name, case, rows, rounded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXECUTED)
+@pytest.mark.parametrize("format", ["int8", "int4-zp", "mxfp4"])
+@pytest.mark.parametrize(("activation", "rounded"), [("float32", 32), ("bfloat16", 0), ("float16", None)])
+def test_all_experts(name, format, activation, rounded):
+    case = QuantizedCase(format, 72, 192, activation, experts=4, bias=activation, ids="int64")
+    check(name, case, (0, 1, 4, 9, 64, 200), rounded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXECUTED)
+@pytest.mark.parametrize("group", [0, 16, 32, 64])
+def test_activations_are_rounded_to_the_codes_that_numpy_finds(name, group):
+    """The weight is the identity: y says what x was rounded to, bit by bit; ties and groups of zeros among them."""
+    format = replace(FORMATS["int8"], group=0, scale="float32")
+    random = np.random.default_rng(7)
+    x = random.standard_normal((5, 64)).astype(np.float32)
+    x[1] = random.integers(-254, 255, 64) / 2
+    x[1, ::16] = 127
+    x[2, :32] = 0
+    kernel = quantized.matmul(small(name), 64, 64, format=format, activation="float32", out="float32", rounded=group)
+    codes, scales = np.eye(64, dtype=np.uint8) + np.uint8(128), np.ones((64, 1), np.float32)
+    y = check_all(kernel, small(name), [x, codes, scales, Unwritten((5, 64), "float32")])[-1]
+    np.testing.assert_array_equal(y, round_activation(x, group))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXECUTED)
+def test_batch_invariant_rows_are_the_same_bits_whatever_the_batch(name):
+    target = replace(small(name), multiprocessors=2)  # both sizes of tile within 200 rows
+    case = QuantizedCase("int4", 72, 160, "bfloat16", out="float32")
+    made = dict(format=case.format, activation="bfloat16", out="float32", batch_invariant=True)
+    kernel = quantized.matmul(target, 72, 160, **made)
+    x, *w, y = case.arguments(200)
+    whole = check_all(kernel, target, [x, *w, y])[-1]
+    for n in (1, 9, 130):
+        part = check_all(kernel, target, [x[:n], *w, replace(y, shape=(n, 72))])[-1]
+        assert part.tobytes() == whole[:n].tobytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXECUTED[:2] + EXECUTED[4:])
+def test_not_a_number_stays_one(name):
+    """E4M3's NaN, and E8M0's, in one weight of a column each: those columns are NaN, the others are not."""
+    for format, part, value in (("fp8", 0, 255), ("mxfp4", 1, 255)):
+        case = QuantizedCase(format, 34, 32, "float32")
+        x, *stored, y = case.arguments(9)
+        stored[part][3, 0] = value
+        made = dict(format=case.format, activation="float32", out="float32")
+        found = check_all(quantized.matmul(small(name), 34, 32, **made), small(name), [x, *stored, y])[-1]
+        assert (np.isnan(found) == (np.arange(34) == 3)).all()
 
 
 @pytest.mark.slow
