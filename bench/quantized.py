@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from llmc import quantization
-from llmc.passes.stands_for import decode
+from llmc.ir.decode import decode
 
 from . import checkpoints, comparison, configs
 

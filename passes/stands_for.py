@@ -10,27 +10,12 @@ import tvm
 from tvm import relax
 from tvm.relax import op as R
 
+from llmc.ir.decode import decode
 from llmc.ir.forms import weight_names, weights_of
-from llmc.ir.quantized import TABLES, Format
 from llmc.ir.rewrite import Rewriter, dtype_of, op_name
 from llmc.passes.weight_uses import weight_uses
 
-__all__ = ["decode", "fake_quantized"]
-
-
-def decode(format: Format, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None = None) -> np.ndarray:
-    """The weights [..., o, i] float32 that parts stand for, in numpy."""
-    group = format.group or codes.shape[-1]
-    if format.table:
-        numbers = np.array(TABLES[format.table], np.float32)[codes]
-    else:
-        numbers = codes.astype(np.float32) - np.float32(format.offset if zeros is None else 0)
-    blocks = numbers.reshape(*codes.shape[:-1], -1, group)
-    if zeros is not None:
-        blocks -= zeros.astype(np.float32)[..., None]
-    scale = np.exp2(scales.astype(np.float32) - 127) if format.scale == "e8m0" else scales.astype(np.float32)
-    blocks *= scale[..., None]
-    return numbers
+__all__ = ["fake_quantized"]
 
 
 def fake_quantized(
