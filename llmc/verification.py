@@ -55,13 +55,14 @@ class Report:
 
 def verify(path: str | Path, target: str) -> Report:
     """Run every kernel of an artifact's GPU target on the software device, in steps of prefill, prefill beside decode,
-    and decode, and compare the logits with those of plain loops on this CPU.
+    and decode, from copied pages too, and compare the logits with those of plain loops on this CPU.
 
     path: the artifact; target: one of its targets ("cuda:sm_90", or "cuda" where it has one of that kind). The kernels
     are those of the artifact's src/ folder, from which its library was made. Any machine will do.
 
     Raises ArtifactError: not an artifact, damaged, no such target, a CPU's target (which needs no stand-in: load it);
-    CompileError: the software device can't be built here, or does not know something that a kernel says.
+    CompileError: the software device can't be built here, or does not know something that a kernel says; the artifact
+    has no loops to compare with.
     """
     folder = Path(path)
     manifest = artifact.read(folder)

@@ -27,17 +27,23 @@ from llmc.runtime.executor import Draws, Executor, HostLogits, Table
 from llmc.runtime.sampler import Sampling, best, distribution
 
 CACHE_TOKENS = 512
-# What travels in each step, by sequence: prefill over a page boundary, prefill beside decode, decode of both.
-STEPS: tuple[tuple[str, dict[str, int]], ...] = (
-    ("prefill", {"a": 19}),
-    ("prefill and decode", {"a": 1, "b": 9}),
-    ("decode", {"a": 1, "b": 1}),
-    ("decode", {"b": 1, "a": 1}),
-)
 FILTERS = Sampling(temperature=0.8, top_k=50, top_p=0.9, min_p=0.01)
 # Unit roundoff of the activations' dtype: half the distance from 1 to the next number.
 ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 ROUNDINGS = 12  # of a layer's values on their way through it: norms, projections, rotation, attention, gate, sums
+
+
+def steps_of(page_size: int) -> tuple[tuple[str, dict[str, int]], ...]:
+    """What travels in each step, by sequence: prefill over a page boundary, prefill beside decode, decode of both.
+
+    After the first, the page that is whole is copied, and read from the copy from then on.
+    """
+    return (
+        ("prefill", {"a": page_size + 3}),
+        ("prefill and decode", {"a": 1, "b": 9}),
+        ("decode", {"a": 1, "b": 1}),
+        ("decode", {"b": 1, "a": 1}),
+    )
 
 
 def error_bound(dtype: str, layers: int) -> float:
@@ -108,6 +114,20 @@ class Sequences:
         indptr = np.cumsum([0, *batch.values()]).astype("int32")
         return tokens, (positions.astype("int32")[None], indptr, np.arange(count, dtype="int32"), tables)
 
+    def whole_pages(self, sequence: str, pages: Sequence[int]) -> list[dict[int, int]]:
+        """Of each group, the first page of a sequence and one that nobody has. pages: how many the device has."""
+        return [{group.held[sequence][0]: count - 1} for group, count in zip(self.pages, pages, strict=True)]
+
+
+def from_copies(rest: tuple, copies: Sequence[Mapping[int, int]]) -> tuple:
+    """What a step takes, with copies in place of the pages that were copied."""
+    *others, tables = rest
+    moved = []
+    for table, pages in zip(tables, copies, strict=True):
+        indices = np.array([pages.get(int(page), int(page)) for page in table.kv_indices], "int32")
+        moved.append(table._replace(kv_indices=indices))
+    return (*others, moved)
+
 
 def run(executor: Executor, tokens: np.ndarray, rest: tuple) -> tuple[np.ndarray, np.ndarray]:
     """-> a step's logits, and a token for each of their rows where the executor draws them (else none)."""
@@ -145,6 +165,12 @@ def work(folder: Path, target: str, host: str) -> dict[str, Any]:
     [facts] = targets.parse(target, host)
     assert isinstance(facts, targets.GpuTarget)
     with zipfile.ZipFile(artifact.inside(folder, entry.sources.file)) as sources:
+        for name in ("module.json", "reference.json"):
+            if name not in sources.namelist():
+                raise CompileError(
+                    f"{entry.sources.file}: expected {name}, found {', '.join(sources.namelist()) or 'nothing'}: an "
+                    "llmc that wrote none made this artifact; compile the model again with this one"
+                )
         module, plain = (tvm.ir.load_json(sources.read(f"{n}.json").decode()) for n in ("module", "reference"))
         [text] = [sources.read(n).decode() for n in sources.namelist() if n.endswith((".cu", ".ll", ".metal"))]
     software.install(entry.kind, strict=True, text=text)
@@ -159,19 +185,24 @@ def work(folder: Path, target: str, host: str) -> dict[str, Any]:
     }
     steps: list[dict[str, Any]] = []
     found = {"bound": error_bound(entry.dtype, int(manifest.model["layers"])), "steps": steps, "fault": ""}
-    for name, batch in STEPS:
+    copies: list[dict[int, int]] = [{} for _ in entry.state]  # of each group: a page -> its copy, on the device only
+    for name, batch in steps_of(entry.state[0].page_size):
         tokens, rest = sequences.arguments(batch)
         expected, _ = run(reference, tokens, rest)
+        made = copies if steps else sequences.whole_pages("a", machines["forward"].pages)
         results, started = [], time.perf_counter()
         for order, machine in machines.items():
             software.configure(order=order)
             try:
-                results.append(run(machine, tokens, rest))
+                results.append(run(machine, tokens, from_copies(rest, copies)))
+                for group, pages in enumerate(() if steps else made):
+                    machine.copy_pages(group, list(pages), list(pages.values()))
             except Exception as error:
                 fault = software.last_fault() or error
                 if not isinstance(fault, DeviceFault):
                     raise
                 return found | {"fault": str(fault)}
+        copies = made
         spread = float(expected.max() - expected.min())
         (forward, drawn), reverse = results
         off = float(np.abs(forward - expected).max()) / spread

@@ -1,14 +1,16 @@
 """llmc.verify: what it refuses, what it reports, and a whole model on the software device."""
 
 import dataclasses
+import zipfile
 
 import pytest
 
 import llmc
 from llmc.cli import main
+from llmc.ir.errors import CompileError
 from llmc.runtime import artifact
 from llmc.verification import Report, choose
-from llmc.verification_worker import error_bound
+from llmc.verification_worker import Sequences, error_bound, from_copies, steps_of, work
 from tests.conftest import TINY_PYTHON
 
 STEP = {"name": "decode", "tokens": 2, "error": 1e-6, "seconds": 1.5}
@@ -60,6 +62,41 @@ def test_bounds_grow_with_the_root_of_the_depth():
     assert error_bound("float32", 100) == 1e-4
     assert error_bound("bfloat16", 16) == pytest.approx(2 * error_bound("bfloat16", 4))
     assert error_bound("float16", 4) < 0.01 < error_bound("bfloat16", 4) < 0.1
+
+
+def test_steps_after_the_first_read_copies():
+    """Of a group with a window, too, whose first page goes back to whoever asks: it is still the copy on the device."""
+    groups = [artifact.StateGroup("paged", 16, window, 0, (0,), ()) for window in (0, 4)]
+    sequences = Sequences(groups, 99)
+    (_, first), (_, second), *_ = steps_of(16)
+    tokens, _ = sequences.arguments(first)
+    assert len(tokens) == 19
+    copies = sequences.whole_pages("a", [33, 40])
+    [[source, copy], [other, other_copy]] = [next(iter(pages.items())) for pages in copies]
+    assert (copy, other_copy) == (32, 39) and source in sequences.pages[0].held["a"] and other
+    _, rest = sequences.arguments(second)
+    tables = from_copies(rest, copies)[-1]
+    assert copy in tables[0].kv_indices and source not in tables[0].kv_indices
+    assert tables[0].kv_indptr.tolist() == rest[-1][0].kv_indptr.tolist()
+    expected = [other_copy if page == other else page for page in rest[-1][1].kv_indices.tolist()]
+    assert tables[1].kv_indices.tolist() == expected
+
+
+def test_an_artifact_without_loops_to_compare_with(tiny_python, tmp_path):
+    """As an earlier version wrote it."""
+    (tmp_path / "src").mkdir()
+    with zipfile.ZipFile(tmp_path / "src" / "x.zip", "w") as sources:
+        sources.writestr("module.json", "{}")
+        sources.writestr("kernels.cu", "")
+    manifest = artifact.read(tiny_python)
+    [entry] = manifest.targets
+    made = artifact.Sources("src/x.zip", "", {})
+    entry = dataclasses.replace(entry, target="cuda:sm_90", kind="cuda", host="linux-x86_64", sources=made)
+    artifact.write(tmp_path, dataclasses.replace(manifest, targets=(entry,)))
+    with pytest.raises(
+        CompileError, match=r"src/x.zip: expected reference.json, found module.json, kernels.cu: an llmc"
+    ):
+        work(tmp_path, "cuda:sm_90", "linux-x86_64")
 
 
 @pytest.mark.parametrize("found, code", [(report(), 0), (report(fault="race"), 1)])
