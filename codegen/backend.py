@@ -88,6 +88,9 @@ class Backend(Protocol):
     def row_kernel(self, program: Program, name: str, params: Params) -> tvm.tirx.PrimFunc:
         """The kernel of a program of one token's values; params: its inputs, then its outputs."""
 
+    def fits(self, program: Program, tensors: int) -> bool:
+        """Whether a row kernel of this program may take so many tensors, inputs and outputs together."""
+
     def legalize_target(self) -> tvm.target.Target:
         """TVM's name of the machine, under which ops that are left are lowered."""
 

@@ -9,7 +9,8 @@ import tvm_ffi
 from tvm import relax
 from tvm.relax import op as R
 
-from llmc.ir.rewrite import Rewriter, bindings, op_name
+from llmc.ir.errors import CompileError
+from llmc.ir.rewrite import Rewriter, bindings, needed_by, op_name
 
 from .backend import backend
 from .rows import values as V
@@ -32,9 +33,9 @@ class FuseRows:
         a, b = call_tir(add_rms_norm, (x, y)); q = matmul(b, w)
 
     A value's level is the largest number of other ops (products, attention) on a path to it; ops of one level and one
-    kind of tokens form a region. Keeps: the values, but for the order of sums along a row and for roundings to half
-    precision inside a region, which are left out. Leaves alone: ops that mix tokens, and those without a rule: they are
-    legalized.
+    kind of tokens form a region, or several where a kernel of the target can't take that many tensors. Keeps: the
+    values, but for the order of sums along a row and for roundings to half precision inside a region, which are left
+    out. Leaves alone: ops that mix tokens, and those without a rule: they are legalized.
     """
 
     name: str = "fuse_rows"
@@ -214,6 +215,9 @@ class _Fuse(Rewriter):
     def _emit_region(self, region: _Region) -> None:
         made = _Build(self, region)
         aliases, outputs = made.aliases, made.outputs
+        if not self.machine.fits(made.program, len(made.inputs) + len(outputs)):
+            self._emit_halves(region)
+            return
         for var, source in aliases.items():
             self.memory[var] = self.memory[source] if isinstance(source, relax.Var) else source
         if not outputs:
@@ -228,6 +232,21 @@ class _Fuse(Rewriter):
             self.memory[var] = result if len(types) == 1 else self.emit(relax.TupleGetItem(result, i), var.name)
         for var, first in made.doubles.items():
             self.memory[var] = self.memory[first]
+
+    def _emit_halves(self, region: _Region) -> None:
+        """A region with more tensors than a kernel takes: one kernel after the other, through memory."""
+        members = region.members
+        tensors = [i for i, b in enumerate(members) if not isinstance(b.var.ty, relax.TupleType)]
+        if len(tensors) < 2:
+            names = ", ".join(dict.fromkeys(op_name(b.value) or "tuple" for b in members))
+            raise CompileError(f"{names}: more tensors than a kernel of this target takes; compile for cpu", op=names)
+        cut = tensors[len(tensors) // 2]
+        first, second = members[:cut], members[cut:]
+        # Tuples don't lie in memory: who reads one makes it again.
+        needed = needed_by([b.var for b in second], {b.var: b.value for b in second})
+        again = [b for b in first if isinstance(b.var.ty, relax.TupleType) and b.var in needed]
+        for part in (first, again + second):
+            self._emit_region(_Region(region.level, region.tokens, part))
 
     def _kernel(self, made, args, types):
         params = []

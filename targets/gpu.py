@@ -52,7 +52,9 @@ class GpuTarget:
     multiprocessors: of the card that bandwidth (bytes/s) and peak (multiply-adds counted as two, float16 operands with
     float32 sums, dense, FLOP/s) belong to. Of each multiprocessor: registers (32 bits a thread's), shared memory in
     bytes, resident threads, resident blocks; 0 where the maker tells no number.
-    mattr: LLVM features beyond the architecture's own.
+    mattr: LLVM features beyond the architecture's own. most_tensors: that a kernel takes as arguments, its numbers
+    counted as one more; by default what fits, 8 bytes each, in the 4 KB of parameters that CUDA (C++ Programming Guide,
+    "Function Parameters") and HIP have on every card, with room for a dozen numbers.
     keys_token_last: K pages are [kv_heads, page_size, head_dim], as V's.
     """
 
@@ -78,6 +80,7 @@ class GpuTarget:
     bandwidth: float
     peak: float
     mattr: tuple[str, ...] = ()
+    most_tensors: int = 500
     keys_token_last: bool = False
 
     @property

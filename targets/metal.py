@@ -1,9 +1,10 @@
 """Apple's GPUs, as one target: the Apple 7 family (M1, A14) and every later one.
 
-Sources: Apple, "Metal Feature Set Tables" (threadgroup memory 32 KB, 1024 threads a threadgroup, SIMD-scoped matrix
-multiplication from Apple 7 on); "Metal Shading Language Specification" (2.3 has simdgroup_matrix of half and float;
-bfloat came with 3.1). Bandwidth and rate are the M1's, the least of the family: 68.25 GB/s of LPDDR4X-4266 on 128 bits,
-2.6 TFLOP/s (Apple's announcement of the M1). Registers and resident threads are not published.
+Sources: Apple, "Metal Feature Set Tables" (threadgroup memory 32 KB, 1024 threads a threadgroup, 31 buffers a kernel,
+SIMD-scoped matrix multiplication from Apple 7 on); "Metal Shading Language Specification" (2.3 has simdgroup_matrix of
+half and float; bfloat came with 3.1). Bandwidth and rate are the M1's, the least of the family: 68.25 GB/s of
+LPDDR4X-4266 on 128 bits, 2.6 TFLOP/s (Apple's announcement of the M1). Registers and resident threads are not
+published.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def target(host: str | None = None) -> GpuTarget:
         blocks_per_multiprocessor=0,
         bandwidth=68.25e9,
         peak=2.6e12,
+        most_tensors=31,
     )
 
 

@@ -29,7 +29,6 @@ _SIZES = {"char": 1, "uchar": 1, "bool": 1, "short": 2, "ushort": 2, "half": 2, 
 _SHARED = re.compile(r"^\s*threadgroup\s+(?:packed_)?([a-z]+)([234]?)\s+\w+\s*\[\s*(\d+)\s*\]\s*;", re.MULTILINE)
 _KERNEL = re.compile(r"^kernel void (\w+)\(", re.MULTILINE)
 _BUFFER = re.compile(r"\[\[\s*buffer\((\d+)\)\s*\]\]")
-MOST_BUFFERS = 31  # argument table entries of a kernel (Metal Feature Set Tables)
 
 
 class Compiler:
@@ -81,8 +80,8 @@ def check(name: str, source: str, target: GpuTarget) -> None:
     places = [int(n) for n in _BUFFER.findall(code)]
     if places != list(range(len(places))):
         raise wrong(f"expected every tensor in a buffer of its own, in order, found {places}")
-    if len(places) > MOST_BUFFERS:
-        raise wrong(f"{len(places)} buffers, where there are {MOST_BUFFERS}")
+    if len(places) > target.most_tensors:
+        raise wrong(f"{len(places)} buffers, where there are {target.most_tensors}")
 
 
 def shared_bytes(code: str) -> int:

@@ -92,6 +92,11 @@ class GpuBackend:
 
         return row_kernel(program, name, params, self.target)
 
+    def fits(self, program, tensors):
+        from .rows import workspaces
+
+        return tensors + workspaces(program, self.target) + 1 <= self.target.most_tensors  # one: all numbers
+
     def legalize_target(self):
         return tvm.target.Target(self.target.tvm(), host=self.target.host_tvm())
 

@@ -53,6 +53,11 @@ def row_kernel(
     return kernel(name, params, body)
 
 
+def workspaces(program: Program, target: GpuTarget) -> int:
+    """How many tensors the kernel of a program takes for values that shared memory does not hold."""
+    return sum(place.outside for place in Plan.of(program, target).places)
+
+
 @dataclass
 class Place:
     """Memory of a block for `size` numbers, one value after another; outside: in a workspace, else shared."""

@@ -8,9 +8,11 @@ from tvm.relax import op as R
 
 from llmc import targets
 from llmc.codegen.backend import backend
+from llmc.codegen.cpu.backend import CpuBackend
 from llmc.codegen.fuse_rows import _Fuse
 from llmc.codegen.legalize import Legalize
 from llmc.codegen.library import _plan
+from llmc.ir.errors import CompileError
 from llmc.ir.evaluate import Reference
 from llmc.ir.rewrite import bindings, op_name
 from llmc.passes.goal import Goal
@@ -53,6 +55,23 @@ def interleaved(e, x):
     even, odd = e(R.strided_slice(x, [1], [0], [48], [2])), e(R.strided_slice(x, [1], [1], [48], [2]))
     both = e(R.stack([e(R.negative(odd)), even], axis=-1))
     return R.reshape(both, [n, 48])
+
+
+def chain(e, *xs):
+    """Sums and products of more and more operands; some of what lies between is asked for too."""
+    found = [e(R.add(xs[0], xs[1]))]
+    for i, x in enumerate(xs[2:]):
+        found.append(e((R.multiply if i % 2 else R.add)(found[-1], x)))
+    return found[2], found[5], e(R.nn.softmax(found[-1], axis=-1))
+
+
+def halves_and_more(e, x, *xs):
+    """Both halves of a tuple, read late."""
+    both = e(R.split(x, 2, axis=1))
+    found = e(R.add(xs[0], xs[1]))
+    for other in xs[2:]:
+        found = e(R.multiply(found, other))
+    return R.subtract(e(R.add(found, e(relax.TupleGetItem(both, 0)))), e(relax.TupleGetItem(both, 1)))
 
 
 def router(e, x):
@@ -181,6 +200,8 @@ CASES = {
         lambda e, x: R.nn.softmax(e(R.subtract(e(R.tanh(x)), e(R.mean(e(R.tanh(x)), [1], keepdims=True)))), -1),
         4e-6,
     ),
+    "many_tensors": ([(F, ("n", 48))] * 9, chain, 2e-6),
+    "a_tuple_beside_many": ([(F, ("n", 96)), *[(F, ("n", 48))] * 6], halves_and_more, 2e-6),
     "wide": ([(F, ("n", 700))], lambda e, x: R.subtract(x, e(R.mean(x, [1], keepdims=True))), 2e-6),
 }  # fmt: skip
 
@@ -202,11 +223,22 @@ def module():
     return builder.get()
 
 
-def fused():
+class Narrow(CpuBackend):
+    """A machine whose kernels take few tensors."""
+
+    def fits(self, program, tensors):
+        return tensors <= NARROW
+
+
+NARROW = 4
+
+
+def fused(narrow=False):
     goal = Goal(target=targets.detect())
+    machine = Narrow(goal.target) if narrow else backend(goal.target)
     made, kernels = module(), {}
     for name in CASES:
-        made = _Fuse(made, name, backend(goal.target), kernels).run()
+        made = _Fuse(made, name, machine, kernels).run()
     return made, goal
 
 
@@ -229,9 +261,9 @@ def data(name, n):
     return found
 
 
-def run_all(sizes):
+def run_all(sizes, narrow=False):
     """-> case -> for every size, (result of the kernels, of the reference); arrays of every output."""
-    made, goal = fused()
+    made, goal = fused(narrow)
     kernels = Reference.__new__(Reference)
     target = tvm.target.Target(goal.target.llvm())
     with target, tvm.transform.PassContext(disabled_pass=["s_tir.CompactBufferAllocation"]):
@@ -254,6 +286,31 @@ def results():
 
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply_async(run_all, ([1, 3, 40],)).get(timeout=300)
+
+
+def test_several_kernels_where_one_takes_too_few_tensors(isolated):
+    """Every case, cut up as far as it must be, and not further."""
+    found = isolated(run_all, [3], True, timeout=300)
+    for name, [(got, expected)] in found.items():
+        for a, b in zip(got, expected, strict=True):
+            assert np.abs(a - b).max() <= CASES[name][2] * max(np.abs(b).max(), 1), name
+    narrow, whole = (fused(narrow)[0] for narrow in (True, False))
+    more = 0
+    for name in CASES:
+        calls = [[b.value for b in bindings(m[name]) if op_name(b.value) == "call_tir"] for m in (narrow, whole)]
+        for call in calls[0]:
+            outputs = len(call.ty.fields) if isinstance(call.ty, relax.TupleType) else 1
+            assert len(call.args[1].fields) + outputs <= NARROW, name
+        most = max(len(c.args[1].fields) + 1 for c in calls[1])
+        assert len(calls[0]) >= len(calls[1]) and (len(calls[0]) > len(calls[1]) or most <= NARROW), name
+        more += len(calls[0]) > len(calls[1])
+    assert more == 2
+
+
+def test_an_op_with_more_tensors_than_a_kernel_takes(monkeypatch):
+    monkeypatch.setattr("tests.codegen.test_fuse_rows.NARROW", 1)
+    with pytest.raises(CompileError, match="more tensors than a kernel of this target takes; compile for cpu"):
+        fused(narrow=True)
 
 
 @pytest.mark.parametrize("name", CASES)
