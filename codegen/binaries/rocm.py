@@ -9,6 +9,7 @@ checked.
 from __future__ import annotations
 
 import math
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from .host import zig
 
 # Names of the memory that a block shares, and of the barriers over it.
 BLOCK = ("shared", "shared.dyn")
-# Linked into the kernels' module as LLVM's text: these two inline to a fence each.
+# Linked into the kernels' module as LLVM's text: these inline to a fence each.
 FENCES = """
 define linkonce_odr void @llmc_release() alwaysinline {
   fence syncscope("workgroup") release
@@ -37,7 +38,17 @@ define linkonce_odr void @llmc_acquire() alwaysinline {
   fence syncscope("workgroup") acquire
   ret void
 }
+define linkonce_odr void @llmc_wave_release() alwaysinline {
+  fence syncscope("wavefront") release
+  ret void
+}
+define linkonce_odr void @llmc_wave_acquire() alwaysinline {
+  fence syncscope("wavefront") acquire
+  ret void
+}
 """
+# Shared memory taken for global memory: TVM writes so where two of its buffers were given the same place.
+_TAKEN_FOR_GLOBAL = re.compile(r"addrspacecast \(?ptr addrspace\(3\) \S+ to ptr addrspace\(1\)")
 
 
 class Compiler:
@@ -81,7 +92,9 @@ class Compiler:
         for index, device in enumerate(device_modules(module, "hip") + device_modules(module, "rocm")):
             assembly = device.inspect_source("asm")
             check_barriers(assembly)
-            found.sources[f"kernels{index or ''}.ll"] = device.inspect_source("llvm")
+            text = device.inspect_source("llvm")
+            check_address_spaces(text)
+            found.sources[f"kernels{index or ''}.ll"] = text
             found.sources[f"kernels{index or ''}.s"] = assembly
         for binary in self.binaries:
             found.kernels |= kernels(binary)
@@ -112,6 +125,19 @@ def fence_barriers(module: tvm.IRModule) -> tvm.IRModule:
         for name, function in module.functions.items()
     }
     return tvm.IRModule(functions, attrs=module.attrs)
+
+
+def check_address_spaces(text: str) -> None:
+    """Raises CompileError, naming the kernel, where LLVM's text reads shared memory as if it were global memory."""
+    kernel = ""
+    for line in text.splitlines():
+        if line.startswith("define "):
+            kernel = line.partition("@")[2].partition("(")[0]
+        if found := _TAKEN_FOR_GLOBAL.search(line):
+            raise CompileError(
+                f"{kernel}: shared memory is taken for global memory: {found[0]}; this is a fault of the compiler",
+                stage="library",
+            )
 
 
 def block_sizes(module: tvm.IRModule) -> dict[str, int]:

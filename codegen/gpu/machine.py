@@ -219,11 +219,17 @@ class Machine:
         T.evaluate(T.tvm_storage_sync("shared"))
 
     def warp_barrier(self) -> None:
-        """The same for the threads of one warp. AMD's run in step: there it only keeps the compiler's order."""
+        """The same for the threads of one warp.
+
+        AMD's run in step, so that no instruction is needed; but a bare wave.barrier orders no accesses of memory, which
+        the fences do for LLVM ("Memory Model" of its AMDGPU guide: at the scope of a wavefront they cost nothing).
+        """
         if self.language == "cuda":
             T.evaluate(T.call_extern("void", "__syncwarp"))  # TVM's own "warp" sync emits nothing on CUDA
         elif self.language == "amdgpu":
+            T.evaluate(T.call_extern("void", "llmc_wave_release"))
             T.evaluate(T.call_llvm_intrin("void", "llvm.amdgcn.wave.barrier"))
+            T.evaluate(T.call_extern("void", "llmc_wave_acquire"))
         else:
             T.evaluate(T.tvm_storage_sync("warp"))
 

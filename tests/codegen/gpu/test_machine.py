@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from tests.codegen.gpu import emission
@@ -38,7 +39,9 @@ SPELLED = {
     "cuda": ["__syncthreads()", "__syncwarp()", "__shfl_xor_sync", "__shfl_sync", "fmaf(", "exp2f(", "*(uint4*)"],
     "rocm": [
         "llvm.amdgcn.s.barrier",
+        "call void @llmc_wave_release()",
         "llvm.amdgcn.wave.barrier",
+        "call void @llmc_wave_acquire()",
         "llvm.amdgcn.ds.bpermute",
         "llvm.fma.f32",
         "llvm.exp2.f32",
@@ -85,3 +88,39 @@ def test_the_widest_access_that_rows_allow(width, dtype, count):
     from llmc.codegen.gpu.machine import whole
 
     assert whole(width, dtype) == count
+
+
+@pytest.mark.parametrize("kind", emission.EXECUTED)
+def test_angles_of_far_positions(kind):
+    """Against float64: zero and its neighbours, multiples of a quarter turn, up to the largest position."""
+    from tvm.tirx.script import builder as T
+
+    from llmc.codegen.gpu.machine import Machine, kernel, when
+    from llmc.codegen.software_device import Unwritten, check_all
+
+    m = Machine(emission.target(kind))
+
+    def body(symbols, x, sine, cosine):
+        with when(symbols["n"] > 0), m.launch([symbols["n"]], 64) as [block]:
+            T.buffer_store(sine, m.sin(x[block, m.thread]), [block, m.thread])
+            T.buffer_store(cosine, m.cos(x[block, m.thread]), [block, m.thread])
+
+    rng = np.random.default_rng(0)
+    turns = rng.integers(0, 2**22 / (np.pi / 2), 512) * (np.pi / 2)
+    x = np.concatenate(
+        [
+            [0, 1e-38, 1e-8, 1e-3, np.pi / 4, np.pi / 2, 1e6, 2**22, -1, -1e6],
+            np.nextafter(turns.astype("float32"), np.float32(0)),
+            turns,
+            rng.integers(0, 10**6, 512),  # the fastest pair turns by the position itself
+            rng.integers(0, 10**6, 512) * 10000.0 ** -rng.random(512),
+            rng.uniform(-100, 100, 502),
+        ]
+    )
+    x = x.astype("float32").reshape(-1, 64)
+    function = kernel("angles", [(name, ("n", 64), "float32") for name in ("x", "sine", "cosine")], body)
+    _, sine, cosine = check_all(function, m.target, [x, *2 * (Unwritten(x.shape, "float32"),)])
+    exact = x.astype("float64")
+    assert np.abs(sine - np.sin(exact)).max() <= 2e-7
+    assert np.abs(cosine - np.cos(exact)).max() <= 2e-7
+    assert sine.reshape(-1)[0] == 0 and abs(sine.reshape(-1)[1] / 1e-38 - 1) < 1e-6  # small angles keep their digits
