@@ -20,6 +20,9 @@ COVER = {
     "llama4_text": "int4-g64-zp:head=none",
 }
 ALL = [name for name, verdict in TYPES.items() if verdict == "pass" and name != "roberta"]
+# transformers' experts are no layers whose activations a hook could round.
+MIXTURES = {"mixtral", "gpt_oss", "deepseek_v3", "llama4_text"}
+PRODUCT = [(n, s) for n in ALL for s in schemes.names() if n not in MIXTURES or schemes.parse(s).activation is None]
 
 
 def judged(name, scheme, work):
@@ -47,8 +50,7 @@ def test_the_cover_has_every_scheme():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", schemes.names())
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("name", "scheme"), PRODUCT)
 def test_every_type_in_every_scheme(name, scheme, tmp_path, isolated):
     check(isolated(judged, name, scheme, tmp_path, timeout=900))
 

@@ -1,5 +1,7 @@
 """GatherLogits: the asked rows, computed alone, are the rows of the whole."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tvm
@@ -8,12 +10,17 @@ from tvm.relax import op as R
 
 from llmc.ir import ops
 from llmc.ir.driver import Driver
+from llmc.ir.quantized import activation_group
 from llmc.ir.rewrite import Rewriter, bindings, op_name
 from llmc.ir.text import text
+from llmc.passes import schemes
 from llmc.passes.gather_logits import GatherLogits
 from llmc.passes.page_attention import PageAttention
+from llmc.passes.quantize_weights import QuantizeWeights
 from llmc.passes.split_embedding import SplitEmbedding
+from llmc.passes.weight_uses import weight_uses
 from tests import decoders, serving
+from tests.passes.test_fuse_projections import Parallel
 from tests.serving import GOAL, TOLERANCE
 
 
@@ -105,6 +112,19 @@ class Reversed(Rewriter):
 def test_wrongly_gathered_rows_show():
     decoder = decoders.Decoder()
     assert serving.error_of(Reversed(gathered(decoder), "step").run(), decoder) > 1e-2
+
+
+def test_rounding_stands_before_every_product_of_the_asked_rows():
+    """Attention and MLP read one rounded activation: its rows are rounded again, not gathered from what was rounded."""
+    decoder = Parallel(layers=1, hidden=32, intermediate=64)
+    plan = {n: schemes.parse("int4-g32-a8") for n, use in weight_uses(decoder.module).items() if "product" in use.roles}
+    goal = replace(GOAL, schemes=plan)
+    module = PageAttention().run(QuantizeWeights().run(decoder.module, goal), goal)
+    module = GatherLogits().run(SplitEmbedding().run(module, goal), goal)
+    bound = {b.var: b.value for b in bindings(module["step"])}
+    products = [v for v in bound.values() if op_name(v) == "matmul"]
+    assert len(products) == 8
+    assert all(activation_group(module, bound.get(v.args[0])) == 32 for v in products)
 
 
 def test_expected(golden):

@@ -2,19 +2,21 @@
 
 import numpy as np
 import pytest
-from tvm import relax
+from tvm import relax, tirx
 from tvm.relax import op as R
 
+from llmc.ir.errors import FormError
 from llmc.ir.evaluate import evaluate
 from llmc.ir.forms import check_textbook, weight_names
 from llmc.ir.ops import expert_linear, op_of
-from llmc.ir.quantized import TABLES, Format
+from llmc.ir.quantized import TABLES, Format, activation_group, dequantize
 from llmc.ir.rewrite import bindings, op_name
 from llmc.ir.text import text
 from llmc.passes import schemes
 from llmc.passes.cache_latent import CacheLatent
 from llmc.passes.fuse_projections import FuseProjections
 from llmc.passes.goal import Goal
+from llmc.passes.prove_token_locality import ProveTokenLocality
 from llmc.passes.quantize_weights import QuantizeWeights
 from llmc.passes.weight_uses import weight_uses
 from tests import decoders
@@ -204,6 +206,32 @@ def test_expected(golden):
     plan = {n: schemes.parse("int8" if "head" in u.roles else "int4-g32-a8") for n, u in uses.items() if u.roles}
     after, *_ = quantized(decoder.module, decoder.weights, plan, fuse=True)
     golden("quantize_weights.txt", text(after))
+
+
+def test_experts_read_rounded_rows():
+    decoder = Mixture(layers=1, hidden=32)
+    after, *_ = quantized(decoder.module, decoder.weights, {"layers.0.mlp.experts": schemes.parse("int4-g32-a8")})
+    bound = {b.var: b.value for b in bindings(after["main"])}
+    (call,) = (v for v in bound.values() if op_of(after, v) == "expert_linear")
+    assert activation_group(after, bound[call.args[0]]) == 32
+
+
+def test_tokens_stay_apart_and_parts_are_no_tokens():
+    decoder = decoders.Decoder(layers=1, hidden=32, intermediate=64)
+    plan = {n: schemes.parse("w8a8") for n, use in weight_uses(decoder.module).items() if use.roles}
+    after, *_ = quantized(decoder.module, decoder.weights, plan)
+    ProveTokenLocality().run(after, Goal())
+    bb, n = relax.BlockBuilder(), tirx.Var("n", "int64")
+    tokens, positions = (relax.Var(s, relax.TensorType([n], "int32")) for s in ("tokens", "positions"))
+    with bb.function("main", [tokens, positions], attrs={"num_input": 2, "llmc.weights": []}):
+        with bb.dataflow():  # tokens across the columns that are rounded together
+            x = bb.emit(R.reshape(bb.emit(R.astype(tokens, "float32")), [1, n]))
+            x = bb.emit(R.broadcast_to(x, [4, n]))
+            x = bb.emit(R.permute_dims(bb.emit(R.concat([x] * 2, axis=0)), [0, 1]))
+            out = bb.emit_output(dequantize(bb, Format(8, 0, "float32"), bb.emit(R.astype(x, "uint8")), x))
+        bb.emit_func_output(out)
+    with pytest.raises(FormError, match="expected parts that are the same for all tokens"):
+        ProveTokenLocality().run(bb.get(), Goal())
 
 
 def test_biases_of_experts_are_no_matrices():
