@@ -83,6 +83,8 @@ def load(
         tensors = random_weights.draw(model, dtype_name(stored_in) if stored_in else dtype, spread or 0.02)
         unused: list[str] = []
         notes.append("the weights are random: this artifact is for benchmarks")
+        if quantization is not None:
+            notes.append(f"quantization by {quantization['quant_method']} is left out: random weights are floats")
     else:
         stored = checkpoints.open_checkpoint(folder, file)
         if quantization is not None:
@@ -91,6 +93,12 @@ def load(
             notes += checkpoint.notes
         tensors, unused = checkpoints.convert(model, stored)
         quantized.orient(model, tensors)
+        floats = quantized.joined_as_floats(tensors)
+        if floats:
+            notes.append(
+                f"{len(floats)} weights ({floats[0]}, …) join quantized ones whose formats or orders of inputs differ: "
+                "they are computed with as floats"
+            )
     names = name_parameters(model, tensors)
     if text is not config:
         notes.append(f"the text half of a multimodal model ({config.model_type}): it takes no pictures and no sound")
@@ -114,9 +122,10 @@ def load(
             + (f" (and {len(missing) - 1} more are missing)" if missing[1:] else "")
         )
     files = travelling_files(folder, notes)
+    floats_in = [tensors[n].dtype for n in used if not isinstance(tensors[n], QuantizedTensor)] or [dtype]
     facts = facts_of(config, text, files) | {
         "dtype": dtype,
-        "checkpoint_dtype": max({tensors[n].dtype for n in used}, key=[tensors[n].dtype for n in used].count),
+        "checkpoint_dtype": max(set(floats_in), key=floats_in.count),
         "max_context": max_context,
         "notes": notes,
         **own_facts,

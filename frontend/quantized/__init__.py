@@ -13,7 +13,7 @@ from llmc.frontend.quantized.tensor import QuantizedTensor
 from llmc.frontend.weights import LazyTensor
 from llmc.ir.errors import SourceError
 
-__all__ = ["METHODS", "QuantizedTensor", "orient", "read", "take_config"]
+__all__ = ["METHODS", "QuantizedTensor", "joined_as_floats", "orient", "read", "take_config"]
 
 METHODS: dict[str, Callable[[Mapping[str, Any], Source], None]] = {
     "awq": awq.read,
@@ -82,3 +82,14 @@ def orient(model: nn.Module, weights: dict[str, LazyTensor]) -> None:
         weight = weights.get(name)
         if isinstance(module, Conv1D) and isinstance(weight, QuantizedTensor) and not weight.turned:
             weights[name] = weight.turn()
+
+
+def joined_as_floats(weights: Mapping[str, LazyTensor]) -> list[str]:
+    """Weights that are put together from quantized ones of several formats or orders, and are floats for that."""
+    return [name for name, weight in weights.items() if not isinstance(weight, QuantizedTensor) and _holds(weight)]
+
+
+def _holds(tensor: LazyTensor) -> bool:
+    """Whether a tensor is made of quantized ones."""
+    inner = [*vars(tensor).get("parts", []), *([vars(tensor)["whole"]] if "whole" in vars(tensor) else [])]
+    return any(isinstance(part, QuantizedTensor) or _holds(part) for part in inner)

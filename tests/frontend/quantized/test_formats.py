@@ -1,5 +1,6 @@
 """Quantized checkpoints: what is read is what was written, and the model computes with it."""
 
+import json
 from dataclasses import replace
 
 import ml_dtypes
@@ -9,7 +10,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from llmc.frontend.huggingface import load
+from llmc.frontend.huggingface import load, stored_dtype
 from llmc.frontend.quantized import QuantizedTensor, read
 from llmc.frontend.weights import open_checkpoint
 from llmc.ir.quantized import Format
@@ -216,6 +217,25 @@ def test_logits_are_those_of_the_numbers(name, kind, count, tmp_path, make_model
     found = imported.quantized
     assert {replace(w.format, group=format.group) for w in found.values()} == {format}  # short rows: one group
     assert len(found) == count, sorted(found)
+    notes = [note for note in imported.facts["notes"] if "computed with as floats" in note]
+    assert len(notes) == (kind == "mixtral" and "act-order" in name)
+    assert imported.facts["checkpoint_dtype"] == "float32" and name.startswith(imported.facts["quantized_by"][:4])
+
+
+def test_random_weights_are_floats(tmp_path, make_model):
+    settings, write, _ = FORMATS["gptq-4"]
+    writers.publish(make_model("llama"), tmp_path, write, settings)
+    imported = load(tmp_path, weights="random")
+    assert imported.quantized == {}
+    assert "quantization by gptq is left out: random weights are floats" in imported.facts["notes"]
+
+
+def test_the_dtype_of_a_quantized_checkpoint_is_its_config_s(tmp_path, make_model):
+    settings, write, _ = FORMATS["gptq-4"]
+    writers.publish(make_model("llama"), tmp_path, write, settings)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    assert stored_dtype(tmp_path) == "bfloat16"
 
 
 def agree(got, floats):
