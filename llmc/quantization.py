@@ -80,7 +80,7 @@ class Plan:
         for name, weight in weights.items():
             if len(weight.shape) < 2 or "float" not in weight.dtype:
                 continue
-            size, own = math.prod(weight.shape), _BITS[weight.dtype]
+            size, own = math.prod(weight.shape), float(_BITS[weight.dtype])
             if f"{name}:codes" in used:
                 depth = weight.shape[-2 if name in self.transposed else -1]
                 format = self.schemes[name].format(depth)
@@ -152,7 +152,8 @@ def _misfit(use: Use, scheme: Scheme) -> str:
 def stored_plan(imported: Any) -> Plan:
     """The plan for a checkpoint that is quantized already: as it is, wherever products read its rows."""
     uses = weight_uses(imported.module)
-    found, kept, transposed = {}, {}, set()
+    found: dict[str, Scheme] = {}
+    kept, transposed = {}, set()
     for name, weight in imported.quantized.items():
         use = uses.get(name)
         if use is None or not use.roles or use.other:
@@ -209,9 +210,9 @@ class EncodedWeights(Mapping):
         base, _, part = name.rpartition(":")
         if base not in self.plan.schemes:
             raise KeyError(name)
-        own = vars(self.weights[base])
-        if "parts" in own:
-            return own["order"] if part == "order" else own["parts"][part]
+        weight = vars(self.weights[base])
+        if isinstance(weight.get("parts"), Mapping):
+            return weight["order"] if part == "order" else weight["parts"][part]
         return self.encoding(base).part(part)
 
     def __iter__(self) -> Iterator[str]:

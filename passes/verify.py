@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -95,7 +94,8 @@ class Verifier:
     def quantized(self, current: Pass, before: tvm.IRModule, after: tvm.IRModule) -> None:
         """Hold a quantized program against the one before it; from here on it is what is wanted."""
         program, fake = fake_quantized(before, after, self.schemes, self.weights)
-        weights, self.weights = self.weights, _Arrays(ChainMap(fake, self.weights))
+        given = {n: fake[n] if n in fake else self.weights[n] for n in weight_names(program["main"])}
+        weights, self.weights = self.weights, _Arrays(given)
         self.wanted, self.weights = self.run(program), weights
         found = self.run(after)
         rounds = any(scheme.activation is not None for scheme in self.schemes.values())

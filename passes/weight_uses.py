@@ -120,9 +120,11 @@ class _Uses:
                 continue
             seen.add(var)
             value = self.bound.get(var)
+            if value is None:
+                continue
             if op_name(value) == "matmul" and value.args[1] in self.derived:
                 self.derived[value.args[1]][0].roles.add(role)
-            elif value is not None and op_of(self.module, value) is None:
+            elif op_of(self.module, value) is None:
                 todo += variables(value)
 
 

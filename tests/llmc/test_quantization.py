@@ -147,6 +147,18 @@ def test_experts_are_encoded_one_by_one():
         np.testing.assert_array_equal(weights[f"{name}:{part}"].read(1, 3), wanted[1:3])
 
 
+def test_a_weight_that_is_joined_has_other_parts():
+    """The experts of a published mixture are stacked as they are read: what they are stacked of are no codes."""
+    from llmc.frontend.weights import _Stacked
+
+    decoder = Mixture(layers=1, hidden=32)
+    name = "layers.0.mlp.experts"
+    source = imported(decoder).weights | {name: _Stacked([Array(w) for w in decoder.weights[name]])}
+    weights = EncodedWeights(source, planned(decoder, "int4"))
+    wanted = np.stack([schemes.parse("int4").encode(w)["codes"] for w in decoder.weights[name]])
+    np.testing.assert_array_equal(weights[f"{name}:codes"].read(), wanted)
+
+
 def test_other_names_are_unknown():
     weights = EncodedWeights({"a": Array(np.zeros((2, 2), "f4"))}, Plan())
     assert "a" in weights and "a:codes" not in weights and list(weights) == ["a"]
