@@ -35,6 +35,10 @@ class Backend(Protocol):
         """Dtypes that products take and give, float32 first."""
 
     @property
+    def mixes(self) -> bool:
+        """Whether products read a weight of any dtype as well as one of the activations' dtype."""
+
+    @property
     def invariant(self) -> bool:
         """Whether every kernel takes its sums in one order, whatever else is in the step; else each says, see
         `invariance`."""

@@ -34,7 +34,8 @@ class LowerMatmul:
 
     Keeps: the values, but for the order of sums (float32, in rising k) and for one rounding where a cast of the product
     to the activations' dtype follows. A weight is packed in the checkpoint's dtype: widening casts in between are
-    dropped. Leaves alone: products of activations, and weights with more than two axes.
+    dropped, and those from bfloat16 to float16 where the machine reads either: the weight is not rounded then, and lies
+    as it does for other machines. Leaves alone: products of activations, and weights with more than two axes.
     """
 
     name: str = "lower_matmul"

@@ -59,7 +59,8 @@ class WeightOnly:
 def narrowed(rewriter, known: WeightOnly, w: relax.Expr) -> relax.Expr:
     """A weight-only value without its widening casts, where that gives one dtype of floats; else as it is.
 
-    rewriter: an llmc.ir.rewrite.Rewriter over the function that `known` is of.
+    rewriter: an llmc.ir.rewrite.Rewriter over the function that `known` is of, with the `machine` that it lowers for:
+    where products read weights of another dtype than the activations' as well, casts to a dtype as wide go, too.
     """
     made: dict = {}
 
@@ -84,7 +85,8 @@ def narrowed(rewriter, known: WeightOnly, w: relax.Expr) -> relax.Expr:
     except LookupError:
         return rewriter.get(w)
     widths = [tvm.DataType(str(x.ty.dtype)).bits for x in (bare, w)]
-    return bare if widths[0] < widths[1] and str(bare.ty.dtype) in FLOATS else rewriter.get(w)
+    narrower = widths[0] < widths[1] or (widths[0] == widths[1] and rewriter.machine.mixes)
+    return bare if narrower and str(bare.ty.dtype) in FLOATS else rewriter.get(w)
 
 
 class Rows(NamedTuple):

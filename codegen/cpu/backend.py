@@ -30,6 +30,7 @@ class CpuBackend:
     target: CpuTarget
     activations: tuple[str, ...] = ("float32", "bfloat16")
     invariant: bool = True
+    mixes: bool = False
 
     def pack(self, emit, parts, columns, depth, weight):
         """Of floats: rows [..., columns, depth] in panels [..., panels, steps, vectors, lanes(, 2)]: see pack.py."""

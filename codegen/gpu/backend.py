@@ -20,6 +20,10 @@ class GpuBackend:
     activations: tuple[str, ...] = ("float32", "bfloat16", "float16")
     invariant: bool = False
 
+    @property
+    def mixes(self):
+        return self.target.matrix_unit == "simdgroup"  # its operands pass registers, converted, on their way anyway
+
     def pack(self, emit, parts, columns, depth, weight):
         from .pack import pack
 

@@ -42,6 +42,10 @@ class PlainBackend:
         return backend(self.target.of)
 
     @property
+    def mixes(self):
+        return self.machine.mixes
+
+    @property
     def activations(self):
         return self.machine.activations
 

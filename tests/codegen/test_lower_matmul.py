@@ -4,15 +4,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tvm
+import tvm_ffi
 from tvm import relax
 from tvm.relax import op as R
 
+from llmc import targets
 from llmc.codegen.backend import backend
 from llmc.codegen.cpu.pack import panels
 from llmc.codegen.lift_weights import RECIPES, LiftWeights
+from llmc.codegen.lower_embedding import LowerEmbedding
 from llmc.codegen.lower_matmul import LowerMatmul
 from llmc.codegen.weights import Recipe
 from llmc.ir.rewrite import bindings, op_name
+from llmc.passes.goal import Goal
 from tests.codegen.conftest import Array
 from tests.codegen.ragged import Llama
 from tests.codegen.test_weights import recipe
@@ -76,3 +80,24 @@ def test_products_of_activations_are_left_alone(goal):
         builder.emit_func_output(builder.emit(R.matmul(x, x)))
     module = builder.get()
     assert "matmul" in ops(LowerMatmul().run(module, goal)["embed"])
+
+
+def packed_by(target, dtype):
+    """Recipes of the products' weights for a target whose activations have a dtype, of a checkpoint in bfloat16."""
+    [facts] = targets.parse(target)
+    goal = Goal(target=facts, dtype=dtype, page_size=4)
+    model = Llama(layers=1, dtype=dtype, checkpoint="bfloat16", token_last=False)
+    module = model.module
+    for step in (LowerEmbedding(), LowerMatmul(), LiftWeights()):
+        module = step.run(module, goal)
+    return {str(k): v for k, v in module.attrs[RECIPES].items() if "norm" not in str(k)}
+
+
+def test_metal_reads_a_checkpoint_in_bfloat16_as_other_cards_do():
+    """It computes in float16, and its products take either: one stored weight serves all."""
+    cuda, metal = packed_by("cuda:sm_90", "bfloat16"), packed_by("metal", "float16")
+    assert set(metal) == set(cuda) and len(metal) == 6
+    for name, recipe_ in metal.items():
+        assert str(recipe_.ret_ty.dtype) == "bfloat16" and tvm_ffi.structural_equal(recipe_, cuda[name])
+    # Other cards' matrix units multiply operands of one dtype.
+    assert all(str(v.ret_ty.dtype) == "float16" for k, v in packed_by("cuda:sm_90", "float16").items() if "qkv" in k)
