@@ -119,7 +119,9 @@ class _Copy:
         self.pool = flat(pool, "uint16") if self.async_copy else flat(pool, "uint32")
         if not self.async_copy:
             self.words = T.decl_buffer((size // 2,), "uint32", data=self.shared.data, scope="shared")
-        self.memory, self.scales = None, scales
+        self.memory: Any = None  # of codes
+        self.factors: Any = None
+        self.scales = scales
         if scales is not None:
             self.memory = Memory(self.m, pool, attend.asked.stored, PIECE)
             self.coming, self.scale = self.memory.registers(self.rounds), self.m.registers(self.rounds)
@@ -178,7 +180,7 @@ class _Copy:
             def land(i: int, row: Any, column: Any) -> None:
                 words, at = (self.coming, i * 4) if self.memory is None else (self.numbers(i), 0)
                 self.m.put(self.words, self.base + row * self.stride + column, "uint16", words, at, PIECE)
-                if self.memory is not None and self.factors is not None:
+                if self.factors is not None:
                     with when(column == 0):
                         T.buffer_store(self.factors, self.scale[i], [row])
 

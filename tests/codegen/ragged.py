@@ -7,7 +7,7 @@ import tvm
 from tvm import relax, tirx
 from tvm.relax import op as R
 
-from llmc.ir.paging import append_pages, page_shape, paged_attention
+from llmc.ir.paging import append_pages, page_tensors, paged_attention
 
 PAGE = 4
 
@@ -15,14 +15,15 @@ PAGE = 4
 class Llama:
     """A llama of random weights in the ragged form.
 
-    module: embed and step; weights: name -> array of the checkpoint's dtype. `tied`: the head is the embedding.
+    module: embed and step; weights: name -> array of the checkpoint's dtype. `tied`: the head is the embedding;
+    `cache`: keys and values are cached in 8 bits.
     """
 
     def __init__(self, layers=2, width=32, heads=4, kv_heads=2, dim=8, inner=48, vocab=96, dtype="float32",
-                 checkpoint="float32", tied=True, token_last=True, window=0):  # fmt: skip
+                 checkpoint="float32", tied=True, token_last=True, window=0, cache=""):  # fmt: skip
         self.layers, self.width, self.heads, self.kv_heads, self.dim = layers, width, heads, kv_heads, dim
         self.inner, self.vocab, self.dtype, self.checkpoint = inner, vocab, dtype, checkpoint
-        self.tied, self.token_last, self.window = tied, token_last, window
+        self.tied, self.token_last, self.window, self.cache = tied, token_last, window, cache
         self.shapes = {"embed.weight": (vocab, width), "norm.weight": (width,)}
         for i in range(layers):
             self.shapes |= {
@@ -102,21 +103,18 @@ class Llama:
             table("kv_indices_0", r),
             table("kv_last_page_len_0", b),
         ]
-        k_page, v_page = page_shape(g, d, PAGE, self.token_last), page_shape(g, d, PAGE, False)
-        pages, tensors = [], []
-        for i in range(self.layers):
-            for name, page in ((f"k_pages_{i}", k_page), (f"v_pages_{i}", v_page)):
-                pages.append(relax.Var(name, relax.TensorType([p, *page], self.dtype)))
-                tensors.append({"name": name, "shape": list(page), "dtype": self.dtype})
+        tensors = self.tensors()
+        pages = [relax.Var(t["name"], relax.TensorType([p, *t["shape"]], t["dtype"])) for t in tensors]
         names = [k for k in self.shapes if k != "embed.weight" or self.tied]
         weights = dict(zip(names, self._weight_params(names), strict=True))
         state = [{"kind": "paged", "page_size": PAGE, "window": self.window, "chunk": 0,
                   "layers": list(range(self.layers)), "tensors": tensors}]  # fmt: skip
         params = [hidden, positions, tables[0], rows, *tables[1:], *pages, *weights.values()]
         attrs = {"num_input": len(params) - len(weights), "llmc.weights": names, "llmc.state": json.dumps(state)}
-        append = bb.add_func(append_pages(g, d, self.dtype, PAGE, self.token_last), "append_pages_k")
-        append_v = bb.add_func(append_pages(g, d, self.dtype, PAGE, False), "append_pages_v")
-        attend = paged_attention(h, g, d, d, self.dtype, PAGE, self.token_last, d**-0.5, window=self.window)
+        append = bb.add_func(append_pages(g, d, self.dtype, PAGE, self.token_last, self.cache), "append_pages_k")
+        append_v = bb.add_func(append_pages(g, d, self.dtype, PAGE, False, self.cache), "append_pages_v")
+        how = {"window": self.window, "cache": self.cache}
+        attend = paged_attention(h, g, d, d, self.dtype, PAGE, self.token_last, d**-0.5, **how)
         attend = bb.add_func(attend, "paged_attention")
         with bb.function("step", params, attrs=attrs):
             with bb.dataflow():
@@ -135,9 +133,12 @@ class Llama:
                         for lo, hi in ((0, h), (h, h + g), (h + g, h + 2 * g))
                     )
                     q, k = self._rotate(bb, q, cos, sin), self._rotate(bb, k, cos, sin)
+                    each = len(pages) // self.layers // 2
+                    own = [pages[at : at + each] for at in (2 * each * i, (2 * i + 1) * each)]
                     pools = [
-                        bb.emit(R.call_tir_inplace(f, [pool, new, *tables], 0, pool.ty))
-                        for f, pool, new in ((append, pages[2 * i], k), (append_v, pages[2 * i + 1], v))
+                        pool
+                        for f, into, new in ((append, own[0], k), (append_v, own[1], v))
+                        for pool in self._append(bb, f, into, new, tables)
                     ]
                     a = bb.emit(R.call_tir(attend, [q, *pools, *tables], relax.TensorType([n, h, d], self.dtype)))
                     a = self._linear(bb, bb.emit(R.reshape(a, [n, h * d])), w["o"])
@@ -151,15 +152,27 @@ class Llama:
                 out = bb.emit_output(self._cast(bb, logits, "float32"))
             bb.emit_func_output(out)
 
+    def _append(self, bb, function, into, new, tables):
+        if len(into) == 1:
+            return [bb.emit(R.call_tir_inplace(function, [*into, new, *tables], 0, into[0].ty))]
+        both = bb.emit(R.call_tir_inplace(function, [*into, new, *tables], [0, 1], [x.ty for x in into]))
+        return [bb.emit(relax.TupleGetItem(both, i)) for i in range(2)]
+
+    def tensors(self):
+        """The tensors of a page, layer by layer, as the state says it."""
+        return [
+            {**t, "name": f"{t['name']}_{i}"}
+            for i in range(self.layers)
+            for name, last in (("k", self.token_last), ("v", False))
+            for t in page_tensors(name, self.kv_heads, self.dim, PAGE, last, self.dtype, self.cache)
+        ]
+
     def pools(self, count=32, dtype=None):
         """Fresh pages of noise: what a sequence did not write must never matter."""
         rng = np.random.default_rng(5)
-        shapes = [page_shape(self.kv_heads, self.dim, PAGE, last) for last in (self.token_last, False)]
-        return [
-            tvm.runtime.tensor(rng.standard_normal((count, *s)).astype(_numpy_dtype(self.dtype)) * 100)
-            for _ in range(self.layers)
-            for s in shapes
-        ]
+        noise = [rng.integers(-100, 100, (count, *t["shape"])) for t in self.tensors()]
+        dtypes = [_numpy_dtype(t["dtype"]) for t in self.tensors()]
+        return [tvm.runtime.tensor(x.astype(dtype)) for x, dtype in zip(noise, dtypes, strict=True)]
 
 
 def tables(batch, count=32, seed=0):

@@ -34,13 +34,13 @@ def built(kind, model):
     return lowered, relax.VirtualMachine(executable, tvm.device(kind, 0)), weights
 
 
-def run(kind, dtype):
+def run(kind, dtype, cache=""):
     """-> for every step, (logits of the kernels, of the reference)."""
     import tvm
 
     from llmc.ir.evaluate import Reference
 
-    model = Llama(layers=1, dtype=dtype, checkpoint="bfloat16", token_last=False)
+    model = Llama(layers=1, dtype=dtype, checkpoint="bfloat16", token_last=False, cache=cache)
     lowered, device, weights = built(kind, model)
     machines = [(device, tvm.device(kind, 0)), (Reference(lowered.reference).machine, tvm.cpu())]
     pools = [pool.numpy() for pool in model.pools()]
@@ -73,6 +73,23 @@ def test_a_step_is_what_the_plain_loops_compute(kind, dtype, bound, isolated):
     for kernels, plain in isolated(run, kind, dtype, timeout=400):
         assert np.isfinite(kernels).all()
         assert np.abs(kernels - plain).max() <= bound * (plain.max() - plain.min())
+
+
+@pytest.mark.parametrize(
+    "kind, cache",
+    [
+        ("cuda", "int8"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("cuda", "fp8"), ("rocm", "fp8"), ("metal", "int8"))
+        ),
+    ],
+)
+def test_a_step_over_a_quantized_cache(kind, cache, isolated):
+    """float32: a number between two codes may become the other one, a step of 2**-7 or 2**-4 of one number of a key."""
+    for kernels, plain in isolated(run, kind, "float32", cache, timeout=400):
+        assert np.isfinite(kernels).all()
+        assert np.abs(kernels - plain).max() <= {"int8": 1e-3, "fp8": 1e-2}[cache] * (plain.max() - plain.min())
 
 
 TOKENS = (np.arange(21, dtype="int32") * 11) % 96
