@@ -30,6 +30,8 @@ CACHE_TOKENS = 512
 FILTERS = Sampling(temperature=0.8, top_k=50, top_p=0.9, min_p=0.01)
 # Unit roundoff of the activations' dtype: half the distance from 1 to the next number.
 ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
+# Between the codes of a cache in 8 bits: int8's of the largest number of a head, fp8's of the number itself.
+STEP = {"int8": 2.0**-7, "fp8": 2.0**-3}
 ROUNDINGS = 12  # of a layer's values on their way through it: norms, projections, rotation, attention, gate, sums
 
 
@@ -46,17 +48,19 @@ def steps_of(page_size: int) -> tuple[tuple[str, dict[str, int]], ...]:
     )
 
 
-def error_bound(dtype: str, layers: int) -> float:
+def error_bound(dtype: str, layers: int, kv_cache: str | None = None) -> float:
     """How far logits may be from the reference's, of their spread.
 
     float32: the orders of sums differ, nothing else: 1e-4. float16 and bfloat16: kernels and reference round at
     different places (a fused kernel keeps float32 between its statements), about ROUNDINGS times a layer each.
     Roundings are independent, so that errors add as their squares do: roundoff · sqrt(2 · ROUNDINGS · layers), of the
     activations' size; twice that, as the largest of many logits is looked at. The spread is no less than their size.
+
+    A cache in 8 bits (kv_cache): where keys differ by e, a share e / step of their numbers is coded a step further, in
+    the root of the mean square by sqrt(e · step).
     """
-    if dtype == "float32":
-        return 1e-4
-    return 2 * ROUNDOFF[dtype] * math.sqrt(2 * ROUNDINGS * layers)
+    error = 1e-4 if dtype == "float32" else 2 * ROUNDOFF[dtype] * math.sqrt(2 * ROUNDINGS * layers)
+    return error + (math.sqrt(error * STEP[kv_cache]) if kv_cache else 0.0)
 
 
 class ReferenceExecutor(HostLogits):
@@ -184,7 +188,8 @@ def work(folder: Path, target: str, host: str) -> dict[str, Any]:
         for order in ("forward", "reverse")
     }
     steps: list[dict[str, Any]] = []
-    found = {"bound": error_bound(entry.dtype, int(manifest.model["layers"])), "steps": steps, "fault": ""}
+    bound = error_bound(entry.dtype, int(manifest.model["layers"]), manifest.model.get("kv_cache"))
+    found = {"bound": bound, "steps": steps, "fault": ""}
     copies: list[dict[int, int]] = [{} for _ in entry.state]  # of each group: a page -> its copy, on the device only
     for name, batch in steps_of(entry.state[0].page_size):
         tokens, rest = sequences.arguments(batch)
