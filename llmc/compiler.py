@@ -49,6 +49,7 @@ def compile(
                 machine; metal implies macos-arm64
     quantize    a scheme that llmc.schemes() lists, such as "int4" or "int4-g64:head=int8": what follows head= is for
                 embedding and output head (none: as they are; default: int8 where the scheme has fewer than 8 bits).
+                "auto:4.5" spends 4.5 bits a weight in all, more where measured damage is.
                 None: the checkpoint's own numbers; one that is quantized already stays so
     output      folder to write; default: NAME.llmc in the working directory. Work in progress stands beside it in
                 NAME.llmc.partial, is resumed if its inputs agree, and becomes the artifact by one rename at the end

@@ -32,19 +32,26 @@ def schemes() -> list[str]:
 
 @dataclass(frozen=True)
 class Choice:
-    """What `quantize=` says: the scheme of products, and that of embedding and output head (None: as they are)."""
+    """What `quantize=` says: the scheme of products, and that of embedding and output head (None: as they are).
+
+    budget: bits a weight, to be spent by measured damage (refinement.py); until it is, all weights have one scheme.
+    """
 
     name: str
     body: Scheme
     head: Scheme | None
+    budget: float | None = None
 
 
 def parse(text: str) -> Choice:
     """ "int4-g64:head=int8" -> Choice. CompileError for what is no scheme, or no such option.
 
     Without `:head=` the embedding and the head get int8 where the body has fewer than 8 bits, else the body's scheme.
+    "auto:4.5" is a budget of bits a weight in all: scales, embedding and head included.
     """
     name, *options = text.split(":")
+    if name == "auto":
+        return Choice(text, registry.parse("int4"), registry.parse("int4"), _budget(text, options))
     body = registry.parse(name)
     head: Scheme | None = body if body.format(128).bits == 8 else registry.parse("int8")
     for option in options:
@@ -56,6 +63,16 @@ def parse(text: str) -> Choice:
             )
         head = None if value == "none" else registry.parse(value)
     return Choice(text, body, head)
+
+
+def _budget(text: str, options: list[str]) -> float:
+    try:
+        (bits,) = map(float, options)
+    except ValueError:
+        bits = math.nan
+    if not 1 <= bits <= 16:
+        raise CompileError(f"quantize={text!r}: expected auto: and bits a weight, such as auto:4.5; found {text!r}")
+    return bits
 
 
 @dataclass(frozen=True)

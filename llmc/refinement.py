@@ -25,7 +25,8 @@ AFFORDED, FEWEST, LONGEST = 1e12, 128, 512
 def refined(
     doors: dict[str, Any], request: Any, folder: Path, report: Progress
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """-> (the doors with calibrated weights, facts for the manifest: "quality", or "notes" on why there is none).
+    """-> (the doors with budgets spent and weights calibrated, facts for the manifest: "quality", or "notes" on why
+    there is none).
 
     doors: compute dtype -> imported model with EncodedWeights. Calibrated parts lie in `folder` as long as this is
     open. Of the request: calibrate, a file or None; quality, a file, None (the bundled text, if the tokenizer reads it)
@@ -36,22 +37,32 @@ def refined(
 
     imported = next(iter(doors.values()))
     plan, calibrate = quantization.plan_of(imported), request.calibrate
+    budget = None if imported.quantized or not request.quantize else quantization.parse(request.quantize).budget
     # Random weights have no quality to lose.
     quality = NONE if request.quality is None and request.weights == "random" else request.quality
     measurable = bool(plan.schemes) and not imported.quantized and request.weights != "random"
-    for name, given in (("calibrate", calibrate), ("quality", None if quality == NONE else quality)):
+    for name, given in (
+        ("calibrate", calibrate),
+        ("quality", None if quality == NONE else quality),
+        ("quantize", budget and request.quantize),
+    ):
         if given is not None and not measurable:
             found = "random weights" if request.weights == "random" else "no quantize"
             found = "a checkpoint that is quantized already" if imported.quantized else found
             raise CompileError(f"{name}={str(given)!r}: expected weights in floats and a scheme, found {found}")
-    if not measurable or (calibrate is None and quality == NONE):
+    if not measurable or (budget is None and calibrate is None and quality == NONE):
         yield doors, {}
         return
     with tempfile.TemporaryDirectory(dir=folder, prefix="calibrated-") as spill:
         program = textbook(imported)
+        if budget is not None:
+            text = calibrate or (None if quality == NONE else quality)
+            plan = replace(plan, schemes=spent(program, imported, plan, budget, text, report))
+            weights = quantization.EncodedWeights(imported.weights.weights, plan)
+            doors = {dtype: replace(door, weights=weights) for dtype, door in doors.items()}
         if calibrate is not None:
             own = calibrated(program, imported, plan, calibrate, Path(spill), report)
-            weights = quantization.EncodedWeights({**imported.weights, **own}, plan)
+            weights = quantization.EncodedWeights({**imported.weights.weights, **own}, plan)
             doors = {dtype: replace(door, weights=weights) for dtype, door in doors.items()}
         encoded = next(iter(doors.values())).weights
         yield doors, measured(program, imported, encoded, plan, quality, report)
@@ -74,6 +85,34 @@ def text_of(path: str | Path) -> str:
         raise CompileError(f"{path}: expected a text file in UTF-8: {error}") from None
 
 
+def tokens_of(imported: Any, file: str | Path | None) -> Any:
+    """A text as the model reads it; without a file the bundled one."""
+    from llmc.quality import samples
+
+    name, text = (samples.BUNDLED, samples.bundled()) if file is None else (str(file), text_of(file))
+    return samples.read_text(imported.files, name, text)
+
+
+def spent(program: Any, imported: Any, plan: Any, budget: float, file: str | Path | None, report: Progress) -> dict:
+    """The scheme of every weight of a plan, within a budget of bits a weight."""
+    from llmc.quality import samples
+    from llmc.quality.budget import spend
+    from llmc.quality.evaluator import Evaluator
+    from llmc.quality.measure import Window
+
+    report("spending the budget", 0.0)
+    tokens = tokens_of(imported, file)
+    uses = Evaluator(program, imported.weights, 2).uses()
+    each = samples.work(imported.weights, uses) * len(plan.schemes) / 4  # a token; half of the program for each group
+    afforded = max(FEWEST, int(AFFORDED / each))
+    length = min(imported.facts["max_context"], LONGEST, afforded, len(tokens.ids) + len(tokens.prefix))
+    evaluator = Evaluator(program, imported.weights, length)
+    first = max(1, len(tokens.prefix))
+    chosen = [Window(ids, first) for ids in samples.spread(tokens, length, max(1, min(4, afforded // length)))]
+    done = lambda share: report("spending the budget", share)  # noqa: E731
+    return spend(evaluator, chosen, list(plan.schemes), budget, report=done)
+
+
 def calibrated(program: Any, imported: Any, plan: Any, file: str | Path, spill: Path, report: Progress) -> dict:
     """The weights of the plan, encoded by what their products read of a text."""
     from llmc.quality import samples
@@ -81,7 +120,7 @@ def calibrated(program: Any, imported: Any, plan: Any, file: str | Path, spill: 
     from llmc.quality.evaluator import Evaluator
 
     report("calibrating", 0.0)
-    tokens = samples.read_text(imported.files, str(file), text_of(file))
+    tokens = tokens_of(imported, file)
     sequences = samples.calibration(tokens, imported.facts["max_context"])
     evaluator = Evaluator(program, imported.weights, len(sequences[0]))
 
@@ -107,10 +146,7 @@ def measured(
         return {}
     report("measuring quality", 0.0)
     try:
-        if quality is None:
-            tokens = samples.read_text(imported.files, samples.BUNDLED, samples.bundled())
-        else:
-            tokens = samples.read_text(imported.files, str(quality), text_of(quality))
+        tokens = tokens_of(imported, quality)
     except CompileError as error:
         if quality is not None:
             raise

@@ -94,3 +94,33 @@ def test_what_cannot_be_measured_is_refused(tmp_path, text):
     (tmp_path / "short.txt").write_text("x = 1")
     with pytest.raises(CompileError, match="expected a text of at least 32 tokens, found"):
         refine(tmp_path, doors, calibrate=tmp_path / "short.txt")
+
+
+def test_a_budget_becomes_a_plan(tmp_path, text):
+    from llmc import quantization
+
+    doors = door("auto:4.4")
+    stages = []
+    asked = request(quantize="auto:4.4", quality="none", calibrate=None)
+    with refined(doors, asked, tmp_path, lambda stage, share: stages.append(stage)) as (found, facts):
+        assert facts == {} and "spending the budget" in stages
+        plan = quantization.plan_of(found["float32"])
+        weights = found["float32"].weights
+        used = {f"{name}:codes" for name in plan.schemes}
+        assert plan.facts(weights, used)["bits_per_weight"] <= 4.4
+        assert len({scheme.name for scheme in plan.schemes.values()}) > 1
+        assert set(plan.schemes) == set(quantization.plan_of(doors["float32"]).schemes)
+        name, scheme = next(iter(plan.schemes.items()))
+        assert weights[f"{name}:scales"].shape[1] == scheme.format(weights[name].shape[1]).groups(
+            weights[name].shape[1]
+        )
+
+
+def test_budgets_that_cannot_be_are_refused(tmp_path):
+    from llmc import quantization
+
+    for wrong in ("auto", "auto:", "auto:four", "auto:0", "auto:4:5"):
+        with pytest.raises(CompileError, match=r"expected auto: and bits a weight, such as auto:4\.5"):
+            quantization.parse(wrong)
+    with pytest.raises(CompileError, match=r"quantize='auto:4': .*found random weights"):
+        refine(tmp_path, door("auto:4"), quantize="auto:4", weights="random")
