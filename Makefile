@@ -24,12 +24,14 @@ test: environment lint types
 test-all: environment lint types
 	$(BIN)/pytest -n 2 -q
 
-# What a machine with a card needs to measure, in one archive: CUDA_TARGET names its card, CARD_PYTHON its Python.
+# What a machine with a card needs to measure, in one archive: CUDA_TARGET names its card, CARD_PYTHON its Python,
+# QUANTIZE schemes that are measured beside the checkpoint's dtype.
 CUDA_TARGET ?= cuda:sm_90
+QUANTIZE ?= int4
 CARD_PYTHON ?= $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 gpu-bundle: environment
 	$(BIN)/python -m llmc.bench.bundle build/llmc-gpu.tar.gz --shape llama-3.2-1b --shape llama-3.1-8b \
-		--target $(CUDA_TARGET) --python $(CARD_PYTHON)
+		$(foreach scheme,$(QUANTIZE),--quantize $(scheme)) --target $(CUDA_TARGET) --python $(CARD_PYTHON)
 
 # Type checkers read the installed package, not an editable one. build/lib would keep modules that are no more.
 types: environment

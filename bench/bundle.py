@@ -4,9 +4,9 @@
 
 It holds llmc's runtime and benchmark, tvm-ffi, the few libraries of TVM's runtime that they need, the artifacts, and
 run.sh: a few MB. The machine it is carried to has Python, numpy, PyTorch and transformers; it needs neither a network
-nor TVM's compiler. --shape compiles a shape of `llmc.bench.shapes` with random weights first. --python names the Python
-of that machine where it is another than this one: tvm-ffi's extension for it is taken from its wheel on the package
-index.
+nor TVM's compiler. --shape compiles a shape of `llmc.bench.shapes` with random weights first, and with --quantize once
+more in that scheme. --python names the Python of that machine where it is another than this one: tvm-ffi's extension for
+it is taken from its wheel on the package index.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -143,14 +144,18 @@ def _cudart() -> Path:
     raise BundleError(f"expected {package}/{file}, found none; pip install 'llmc[cuda]'")
 
 
-def compile_shape(shape: str, target: str, folder: Path) -> Path:
-    """An artifact of a shape with random weights, to serve contexts of up to CONTEXT tokens. Raises CompileError."""
+def compile_shape(shape: str, target: str, folder: Path, scheme: str | None = None) -> Path:
+    """An artifact of a shape with random weights, to serve contexts of up to CONTEXT tokens; in a scheme of
+    quantization, if one is given. Raises CompileError.
+    """
     import llmc
 
     config = shapes.write_config(shape, folder / shape)
-    output = folder / f"{shape}.llmc"
+    made = {} if scheme is None else {"quantize": scheme}
+    suffix = "" if scheme is None else "-" + re.sub(r"[^a-z0-9.-]+", "-", scheme)
+    output = folder / f"{shape}{suffix}.llmc"
     return llmc.compile(
-        config, target, weights="random", max_context=CONTEXT, output=output, overwrite=True, progress=True
+        config, target, weights="random", max_context=CONTEXT, output=output, overwrite=True, progress=True, **made
     )
 
 
@@ -159,11 +164,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("artifact", type=Path, nargs="*")
     parser.add_argument("--shape", action="append", default=[], choices=sorted(shapes.SHAPES))
+    parser.add_argument("--quantize", action="append", default=[], help="a scheme, e.g. int4, beside the floats")
     parser.add_argument("--target", default="cuda")
     parser.add_argument("--python", help="version of the other machine's Python, e.g. 3.12")
     given = parser.parse_args(arguments)
     try:
-        made = [compile_shape(shape, given.target, given.out.parent) for shape in given.shape]
+        made = [
+            compile_shape(shape, given.target, given.out.parent, *scheme)
+            for shape in given.shape
+            for scheme in ((), *((name,) for name in given.quantize))
+        ]
         if not made + given.artifact:
             raise BundleError("expected an artifact or a --shape, found none")
         print(bundle(given.out, [*given.artifact, *made], given.python))

@@ -1,11 +1,13 @@
 """llmc on a card, against what the card can do and against transformers with torch.compile and a static cache.
 
-    python -m llmc.bench.gpu llama-3.2-1b.llmc llama-3.1-8b.llmc
+    python -m llmc.bench.gpu llama-3.1-8b.llmc llama-3.1-8b-int4.llmc
 
 An artifact is one that was compiled with weights="random" for the card; its shape is found by its name in
-`llmc.bench.shapes`, or given with --config. It needs the runtime, numpy, PyTorch and transformers, and neither TVM's
-compiler nor a checkpoint: `make gpu-bundle` packs all but the last three. Each artifact is a row in
-gpu-CARD-DATE.jsonl and a table in gpu-CARD-DATE.md. Exit code 2: there is no card, or the artifact does not fit it.
+`llmc.bench.shapes` (what follows it, as a scheme of quantization, is no part of it), or given with --config. Artifacts
+of one shape are compared with the first of them: what int4 is beside bfloat16. It needs the runtime, numpy, PyTorch and
+transformers, and neither TVM's compiler nor a checkpoint: `make gpu-bundle` packs all but the last three. Each artifact
+is a row in gpu-CARD-DATE.jsonl and a table in gpu-CARD-DATE.md. Exit code 2: there is no card, or the artifact does not
+fit it.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from llmc.runtime.errors import ArtifactError
 RESULTS = Path(__file__).parent / "results"
 CONTEXT = 512
 TASKS: dict[str, dict[str, int]] = {
-    **{f"decode-{batch}": {"context": CONTEXT, "batch": batch, "steps": 32} for batch in (1, 8, 32, 128)},
+    **{f"decode-{batch}": {"context": CONTEXT, "batch": batch, "steps": 32} for batch in (1, 8, 16, 32, 64, 128)},
     **{f"prefill-{tokens}": {"tokens": tokens} for tokens in (512, 4096)},
 }
 CHECKED = 64  # tokens whose logits are compared
@@ -134,6 +136,7 @@ def bench(
         "artifact": manifest.name,
         "target": entry.target,
         "dtype": dtype,
+        "weight_width": weight_width(path, manifest, entry, config),
         "card": asdict(card),
         "config": dict(config),
         "llmc": mine,
@@ -148,9 +151,34 @@ def bench(
     }
 
 
+def weight_width(path: Path, manifest: artifact.Manifest, entry: Any, config: Mapping[str, Any]) -> float:
+    """Bytes of an element of what a step's products read, scales and the few norms shared among them."""
+    specs, costs = artifact.check(path, manifest, entry).specs, roof.LlamaCosts(config, 1)
+    stored = sum(specs[name].bytes for name in entry.functions["step"].weights)
+    return stored / (config["num_hidden_layers"] * costs.layer + costs.head)
+
+
+def beside(rows: list[Found], tasks: Mapping[str, dict[str, int]]) -> str:
+    """Artifacts of a shape against the first one of it: tokens a second, as ratios. Nothing where each has its own."""
+    lines: list[str] = []
+    for row in rows:
+        first = next(other for other in rows if other["config"] == row["config"])
+        if first is row:
+            continue
+        mine, theirs = shares(row, tasks), shares(first, tasks)
+        lines += [f"{row['artifact']} beside {first['artifact']}, tokens a second:", ""]
+        for name in tasks:
+            one, other = mine[name]["llmc"], theirs[name]["llmc"]
+            if one and other:
+                lines.append(f"- {name}: {one['rate'] / other['rate']:.2f} ({one['share']:.0%} of its own roof)")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def shares(row: Found, tasks: Mapping[str, dict[str, int]]) -> dict[str, dict[str, Any]]:
     """Tokens a second and share of the roof of both engines, and their ratio, for each task."""
-    costs, card = roof.LlamaCosts(row["config"], WIDTH[row["dtype"]]), roof.Card(**row["card"])
+    costs = roof.LlamaCosts(row["config"], WIDTH[row["dtype"]], row.get("weight_width"))
+    card = roof.Card(**row["card"])
     found: dict[str, dict[str, Any]] = {}
     for name, task in tasks.items():
         found[name] = {}
@@ -214,11 +242,12 @@ def config_of(path: Path, given: Path | None) -> Mapping[str, Any]:
     """The config of an artifact's model: a file, or that of the shape whose name the artifact has."""
     if given is not None:
         return json.loads(given.read_text())
-    if path.stem not in SHAPES:
+    named = [shape for shape in SHAPES if path.stem == shape or path.stem.startswith(f"{shape}-")]
+    if not named:
         raise ArtifactError(
             f"{path}: expected a name out of {', '.join(SHAPES)}; or give its config.json with --config"
         )
-    return SHAPES[path.stem]
+    return SHAPES[max(named, key=len)]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -239,12 +268,19 @@ def main(arguments: list[str] | None = None) -> int:
         small = {"copied": 1 << 26, "size": 512} if given.device == "cpu" else {}
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # which gives the card's memory back
             card = pool.submit(roof.measure, given.device, dtype, **small).result()
+        rows: list[Found] = []
         for path, config in zip(given.artifact, configs, strict=True):
             row = bench(
                 path, config, card, device=given.device, tasks=tasks, compiled=not given.eager, rounds=given.rounds
             )
+            rows.append(row)
             print(table(row, tasks), flush=True)
-            print(write(row, given.out, tasks), file=sys.stderr)
+            file = write(row, given.out, tasks)
+            print(file, file=sys.stderr)
+        if compared := beside(rows, tasks):
+            print(compared)
+            with open(file, "a") as text:
+                text.write(f"{compared}\n")
     except (roof.NoCard, ArtifactError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -15,6 +15,7 @@ import numpy as np
 
 from llmc.bench.engines import Llmc, Prompts
 from llmc.bench.packed import PackedError, unpack
+from llmc.bench.packed_codes import Decoded
 from llmc.bench.roof import synchronize
 from llmc.runtime import artifact
 from llmc.runtime.errors import ArtifactError
@@ -148,6 +149,8 @@ class Baseline:
 def load_model(path: str, manifest, entry, config: Mapping[str, Any], device: str):
     """transformers' model of a config with the weights of an artifact's target -> torch.nn.Module in its dtype.
 
+    Quantized weights are the floats that their codes stand for.
+
     The table of tokens and the head may be packed differently, and then random numbers differ: they are two here even
     where the config ties them. Raises PackedError: the artifact's weights are not those of the config.
     """
@@ -171,7 +174,9 @@ def load_model(path: str, manifest, entry, config: Mapping[str, Any], device: st
     weights = artifact.check(Path(path), manifest, entry)
     missing = set(parameters)
     for function, renamed in (("embed", EMBEDDING), ("step", HEAD)):
-        for name, array in unpack(weights, entry.functions[function].weights, shapes):
+        names, quantization = entry.functions[function].weights, manifest.model.get("quantization")
+        floats = Decoded(weights, names, quantization, manifest.model["dtype"])
+        for name, array in unpack(floats, list(floats), shapes):
             name = renamed if name == EMBEDDING else name
             _assign(parameters[name], np.ascontiguousarray(array))
             missing.discard(name)

@@ -92,10 +92,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class LlamaCosts:
-    """Costs of a model of Llama's shape: each weight is read once a step, an element takes `width` bytes."""
+    """Costs of a model of Llama's shape: each weight is read once a step, an element takes `width` bytes.
+
+    weight_width: bytes of an element of a weight with its share of scales, where that is another number.
+    """
 
     config: Mapping[str, Any]
     width: int
+    weight_width: float | None = None
 
     @property
     def layer(self) -> int:
@@ -114,6 +118,9 @@ class LlamaCosts:
         """Elements that a token leaves in the cache."""
         return 2 * self.config["num_hidden_layers"] * self.config["num_key_value_heads"] * self.config["head_dim"]
 
+    def _of_weights(self, count: int) -> float:
+        return count * (self.weight_width or self.width)
+
     def _attention(self, pairs: float) -> float:
         """FLOP of attention over so many pairs of a token and one that it sees: a product with k, one with v."""
         return (
@@ -124,7 +131,7 @@ class LlamaCosts:
         """A step that makes one token for each of `batch` sequences of `context` tokens."""
         weights = self.config["num_hidden_layers"] * self.layer + self.head
         return Cost(
-            self.width * (weights + batch * context * self.cached),
+            self._of_weights(weights) + self.width * batch * context * self.cached,
             2 * weights * batch + self._attention(batch * context),
         )
 
@@ -132,6 +139,6 @@ class LlamaCosts:
         """A prompt of `tokens` tokens, with logits for the last."""
         layers = self.config["num_hidden_layers"] * self.layer
         return Cost(
-            self.width * (layers + self.head + tokens * self.cached),
+            self._of_weights(layers + self.head) + self.width * tokens * self.cached,
             2 * layers * tokens + 2 * self.head + self._attention(tokens * (tokens + 1) / 2),
         )

@@ -44,6 +44,22 @@ def test_rates_shares_and_ratios():
     assert found["decode-1"] == {"llmc": None, "transformers": None, "ratio": None}
 
 
+def test_the_roof_of_quantized_weights_is_that_of_their_bytes():
+    tasks = {"decode-8": gpu.TASKS["decode-8"]}
+    found = gpu.shares(row(weight_width=0.5625), tasks)["decode-8"]["llmc"]
+    assert found["share"] == pytest.approx((0.5625 * 7504658432 + 2 * 8 * 512 * 65536) / 3e12 / 0.01)
+
+
+def test_artifacts_of_a_shape_stand_beside_the_first():
+    tasks = {name: gpu.TASKS[name] for name in ("decode-8", "prefill-512")}
+    quick = {"decode-8": {"seconds": 0.004, "context": 512.0}, "prefill-512": {"error": "no room"}}
+    rows = [row(), row(artifact="llama-3.1-8b-int4", weight_width=0.5625, llmc=quick)]
+    text = gpu.beside(rows, tasks)
+    assert "llama-3.1-8b-int4 beside llama-3.1-8b" in text and "- decode-8: 2.50 (" in text
+    assert "prefill-512" not in text
+    assert gpu.beside(rows[:1], tasks) == ""
+
+
 def test_the_table_says_all_of_it():
     text = gpu.table(row(), {name: gpu.TASKS[name] for name in ("decode-8", "prefill-512")})
     assert "copies at 3000 GB/s" in text and "at 700.0 TFLOP/s" in text and "Logits agree with float32: 0.01" in text
@@ -91,6 +107,7 @@ def test_what_does_not_fit_is_told_and_the_rest_measured():
 
 def test_configs(tmp_path):
     assert gpu.config_of(Path("x/llama-3.2-1b.llmc"), None) is SHAPES["llama-3.2-1b"]
+    assert gpu.config_of(Path("llama-3.1-8b-int4-g64.llmc"), None) is SHAPES["llama-3.1-8b"]
     assert gpu.config_of(Path("x.llmc"), TINY)["model_type"]
     with pytest.raises(ArtifactError, match="expected a name out of llama"):
         gpu.config_of(Path("x.llmc"), None)
@@ -111,6 +128,7 @@ def test_all_of_it_on_the_cpu(tiny_python, tmp_path):
     assert found["logits"]["reference"] == "transformers in float32"
     assert found["logits"]["llmc"] <= found["logits"]["allowed"] < 1e-4
     assert found["logits"]["same_best_token"] == 1.0
+    assert 2 < found["weight_width"] < 2.1  # the checkpoint's bfloat16, norms, and what fills panels
     for task in TASKS:
         for engine in ("llmc", "transformers"):
             assert found[engine][task]["seconds"] > 0, found[engine]
