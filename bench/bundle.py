@@ -5,8 +5,8 @@
 It holds llmc's runtime and benchmark, tvm-ffi, the few libraries of TVM's runtime that they need, the artifacts, and
 run.sh: a few MB. The machine it is carried to has Python, numpy, PyTorch and transformers; it needs neither a network
 nor TVM's compiler. --shape compiles a shape of `llmc.bench.shapes` with random weights first, and with --quantize once
-more in that scheme. --python names the Python of that machine where it is another than this one: tvm-ffi's extension for
-it is taken from its wheel on the package index.
+more in that scheme. --python names the Python of that machine where it is another than this one: tvm-ffi's extension
+for it is taken from its wheel on the package index.
 """
 
 from __future__ import annotations
