@@ -1,5 +1,6 @@
 """Plans (what is quantized, what stays, and why) and weights that are encoded as they are read."""
 
+import tracemalloc
 import types
 
 import numpy as np
@@ -134,6 +135,29 @@ def test_one_encoding_serves_codes_and_scales():
         assert list(weights.waiting) == [first]
     finally:
         quantization.KEPT = quantization_kept
+
+
+@pytest.mark.parametrize("rows", [2048, 8192])
+def test_memory_does_not_grow_with_the_weight(rows):
+    """Codes are read a slice at a time: what a slice of 1 MB takes is all there is, whatever the weight's size."""
+
+    class Made(Array):
+        def __init__(self):
+            self.shape, self.dtype = (rows, 2048), "float32"
+
+        def read(self, start=0, stop=None):
+            return np.random.default_rng(start).standard_normal((stop - start, 2048), dtype=np.float32)
+
+    found = Plan("int8", {"w": schemes.parse("int8")})
+    codes = EncodedWeights({"w": Made()}, found)["w:codes"]
+    tracemalloc.start()
+    try:
+        for at in range(0, rows, 512):
+            codes.read(at, at + 512)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 4 << 20 < peak < 32 << 20  # in floats the weight takes 16 or 64 MB
 
 
 def test_experts_are_encoded_one_by_one():
