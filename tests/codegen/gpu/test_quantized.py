@@ -56,11 +56,10 @@ QUICK = [
     ("cuda:sm_90", QuantizedCase("int4", 34, 96, "bfloat16"), (0, 1, 9, 200), None),
     ("cuda:sm_90", QuantizedCase("int8", 33, 44, "float16", out="float32"), (7, 64), None),
     ("cuda:sm_90", QuantizedCase("nf4", 34, 64, "float16", experts=3, bias="float32"), (2, 9), None),
-    ("rocm:gfx942", QuantizedCase("int4", 34, 96, "float16"), (1, 64), None),
+    ("rocm:gfx942", QuantizedCase("int4-zp", 34, 64, "bfloat16"), (1, 64), None),
     ("rocm:gfx942", QuantizedCase("mxfp4", 33, 96, "float32", out="bfloat16"), (8, 16), None),
-    ("rocm:gfx942", QuantizedCase("int3-zp", 34, 80, "bfloat16"), (3, 9), None),
     ("metal", QuantizedCase("int8", 64, 128, "bfloat16"), (1, 16), 0),
-    ("metal", QuantizedCase("int4-zp", 34, 192, "float16"), (8, 9), None),
+    ("metal", QuantizedCase("int3-zp", 34, 80, "float16"), (8, 9), None),
     ("metal", QuantizedCase("fp8", 33, 44, "float32"), (1, 9), None),
 ]
 
