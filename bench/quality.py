@@ -20,11 +20,8 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "tests" / "data" / "tiny-python"
-SCHEMES = (
-    "int8,w8a8,fp8,int4,int4:head=int4,int4-g64,int4-g128,int4-g128-zp,int4-g32-a8,nf4-g64,mxfp4,int3-g32,"
-    "auto:4.5,auto:5.45"
-)
-CALIBRATED = "int4,int4:head=int4,int3-g32,auto:4.5"
+SCHEMES = "int8,w8a8,fp8,int4,int4:head=int4,int4-g128,int4-g32-a8,nf4-g64,mxfp4,int3-g32,auto:4.5"
+CALIBRATED = "int4,int4:head=int4,auto:4.5"
 
 
 class Row(NamedTuple):

@@ -18,7 +18,7 @@ __all__ = ["NONE", "refined"]
 
 NONE = "none"  # for quality=: not measured
 # What measuring may cost by default, in floating-point operations: some 20 s on two cores. At least FEWEST tokens.
-AFFORDED, FEWEST, LONGEST = 1e12, 128, 512
+AFFORDED, FEWEST, LONGEST = 1e12, 64, 512
 
 
 @contextmanager
@@ -154,10 +154,11 @@ def measured(
     uses = Evaluator(program, imported.weights, 2).uses()
     layers = max(use.layer for use in uses)
     cost = samples.work(imported.weights, uses)
-    afforded = max(FEWEST, int(AFFORDED / (2 * cost)))
+    # Two runs of every window, and for the damage one of half the program for each part.
+    afforded = max(FEWEST, int(AFFORDED / ((2 + layers / 2) * cost)))
     length = min(imported.facts["max_context"], LONGEST, afforded, len(tokens.ids) + len(tokens.prefix))
     evaluator = Evaluator(program, imported.weights, length)
-    chosen = windows(tokens.ids, length, prefix=tokens.prefix)[: max(1, 2 * afforded // length)]
+    chosen = windows(tokens.ids, length, prefix=tokens.prefix)[: max(1, int(AFFORDED / (2 * cost * length)))]
     sample = max(1, min(len(chosen), int(AFFORDED / (layers / 2 * cost) / length)))
     others = {name: decoded(name, encoded, plan, imported.weights[name]) for name in plan.schemes}
     found = measure(
