@@ -180,13 +180,14 @@ class Moved(Case):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype", "case"),
-    [("cuda", "bfloat16", "sinks"), ("cuda", "float32", "window in chunk"), ("rocm", "float16", "window"),
-     ("metal", "float16", "chunk"), ("cuda", "float16", "latent, many heads")],
+    ("kind", "dtype", "case", "cache"),
+    [("cuda", "bfloat16", "sinks", None), ("cuda", "float32", "window in chunk", None),
+     ("rocm", "float16", "window", None), ("metal", "float16", "chunk", None),
+     ("cuda", "float16", "latent, many heads", None), ("cuda", "bfloat16", "grouped", "int8")],
 )  # fmt: skip
-def test_batch_invariant_tokens_are_the_same_bits_whatever_comes_with_them(kind, dtype, case):
+def test_batch_invariant_tokens_are_the_same_bits_whatever_comes_with_them(kind, dtype, case, cache):
     """Prefill in one piece, in two, and token by token: in a step, what a sequence gets depends on the others."""
-    one = Moved(kind, dtype, case, batch_invariant=True)
+    one = Moved(kind, dtype, case, cache, batch_invariant=True)
     [whole] = one.answers([(130, 130)])
     for batch in ([(71, 71), (130, 59)], [(1, 1), (64, 1), (65, 1), (100, 3), (130, 1)]):
         for (length, new), found in zip(batch, one.answers(batch), strict=True):
@@ -233,6 +234,29 @@ def test_a_missing_wait_and_a_missing_barrier_are_caught(monkeypatch, what, faul
     with pytest.raises(DeviceFault) as raised:
         Case("cuda", "float16", "grouped").answers([(130, 50)])
     assert raised.value.fault == fault
+
+
+def test_a_missing_barrier_behind_codes_is_caught(monkeypatch):
+    """Codes pass through registers, and TVM sees what is put to shared memory: it is the first to miss the barrier."""
+    from llmc.codegen.gpu import attention_tiles
+
+    finish = attention_tiles._Copy.finish
+
+    def unfenced(copy):
+        copy.m.barrier = lambda: None
+        finish(copy)
+        del copy.m.barrier
+
+    monkeypatch.setattr(attention_tiles._Copy, "finish", unfenced)
+    with pytest.raises(RuntimeError, match="Cannot insert syncs inside condition"):
+        Case("cuda", "float16", "grouped", "int8").answers([(130, 50)])
+
+
+def test_a_lost_scale_is_seen(monkeypatch):
+    from llmc.codegen.gpu import attention_lanes
+
+    monkeypatch.setattr(attention_lanes._Attend, "scale", lambda attend, scores, scales: None)
+    assert not Case("cuda", "float32", "alone", "int8").error([(40, 1)]) < 1
 
 
 @pytest.mark.parametrize("kind", emission.EXECUTED)
