@@ -109,7 +109,8 @@ def test_a_product_reads_the_packed_parts(asked, target):
     assert set(made.attrs[RECIPES]) == {"w:codes", "w:scales"}
     ((which, sizes, how),) = asked
     assert (which, sizes) == ("matmul", (96, 64))
-    assert how == {"format": INT4, "activation": "bfloat16", "out": "float32", "rounded": None}
+    # and what else a machine's kernels are told
+    assert how.items() >= {"format": INT4, "activation": "bfloat16", "out": "float32", "rounded": None}.items()
 
 
 def test_the_kernel_rounds_what_was_rounded(asked):
