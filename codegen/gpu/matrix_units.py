@@ -85,6 +85,8 @@ def matrix_unit(machine: Machine, product: Product) -> MatrixUnit | None:
         return None
     if target.matrix_unit == "simdgroup":
         half = dtype == "float16" and (product.weight == dtype or isinstance(product.weight, Format))
+        if isinstance(product.weight, Format) and product.weight.table and product.weight.bits == 4:
+            half = False  # TVM gives a table's floats and halves the same memory, and fails over its two dtypes
         return Simdgroup(machine, "float16" if half else "float32")
     if dtype not in target.dtypes or (product.weight != dtype and not isinstance(product.weight, Format)):
         return None

@@ -30,7 +30,8 @@ def multiplied_as(target, case, rows):
     if rows <= 8 or case.depth % 8:
         return None
     if target.matrix_unit == "simdgroup":
-        return "float16" if case.activation == "float16" else None
+        looked_up = case.format.table and case.format.bits == 4
+        return "float16" if case.activation == "float16" and not looked_up else None
     return case.activation if case.activation in target.dtypes else None
 
 
@@ -61,6 +62,7 @@ QUICK = [
     ("metal", QuantizedCase("int8", 64, 128, "bfloat16"), (1, 16), 0),
     ("metal", QuantizedCase("int3-zp", 34, 80, "float16"), (8, 9), None),
     ("metal", QuantizedCase("fp8", 33, 44, "float32"), (1, 9), None),
+    ("metal", QuantizedCase("nf4", 33, 64, "float16"), (16,), None),
 ]
 
 
