@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +54,8 @@ def refined(
     if not measurable or (budget is None and calibrate is None and quality == NONE):
         yield doors, {}
         return
+    for stale in folder.glob("calibrated-*"):  # of a compilation that was killed
+        shutil.rmtree(stale)
     with tempfile.TemporaryDirectory(dir=folder, prefix="calibrated-") as spill:
         program = textbook(imported)
         if budget is not None:
