@@ -3,7 +3,8 @@
 Each engine runs in a process of its own, so that their thread pools and memory do not meet:
 `python -m llmc.bench.engines NAME MODEL` reads one JSON command a line from stdin ({"do": "prefill", "tokens": 512} or
 {"do": "decode", "context": 128, "batch": 1, "steps": 16}) and answers {"seconds": …}, of the whole prefill or of one
-step (the median).
+step (the median). With --cpu-time it keeps to one core and its seconds are those that the process computed, which says
+something on a machine that others use too.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Protocol
 import numpy as np
 
 from llmc.bench.bandwidth import cores
+
+clock = time.perf_counter
 
 
 class Engine(Protocol):
@@ -55,9 +58,9 @@ class Llmc:
 
     def prefill(self, tokens: int) -> float:
         prompt = self.prompts(tokens)
-        started = time.perf_counter()
+        started = clock()
         self.model.generate(prompt, max_tokens=1, ignore_eos=True)
-        return time.perf_counter() - started
+        return clock() - started
 
     def decode(self, context: int, batch: int, steps: int) -> float:
         requests = [
@@ -65,7 +68,7 @@ class Llmc:
             for _ in range(batch)
         ]
         # The last one to be admitted: once it decodes, all do.
-        moments = [time.perf_counter() for _ in requests[-1]]
+        moments = [clock() for _ in requests[-1]]
         for request in requests:
             request.result()
         return statistics.median(np.diff(moments)[-steps:])
@@ -92,9 +95,9 @@ class Transformers:
     def prefill(self, tokens: int) -> float:
         ids = self._ids(1, tokens)
         with self.torch.inference_mode():
-            started = time.perf_counter()
+            started = clock()
             self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
-            return time.perf_counter() - started
+            return clock() - started
 
     def decode(self, context: int, batch: int, steps: int) -> float:
         with self.torch.inference_mode():
@@ -102,9 +105,9 @@ class Transformers:
             times = []
             for _ in range(steps):
                 token = out.logits[:, -1].argmax(-1, keepdim=True)
-                started = time.perf_counter()
+                started = clock()
                 out = self.model(input_ids=token, use_cache=True, past_key_values=out.past_key_values, logits_to_keep=1)
-                times.append(time.perf_counter() - started)
+                times.append(clock() - started)
         return statistics.median(times)
 
 
@@ -150,10 +153,10 @@ class LlamaCpp:
     def prefill(self, tokens: int) -> float:
         context = self._context(tokens, 1)
         rows = [(t, i, 0, i == tokens - 1) for i, t in enumerate(self.prompts(tokens))]
-        started = time.perf_counter()
+        started = clock()
         for at in range(0, tokens, 512):
             self._decode(context, rows[at : at + 512])
-        seconds = time.perf_counter() - started
+        seconds = clock() - started
         self.c.llama_free(context)
         return seconds
 
@@ -166,9 +169,9 @@ class LlamaCpp:
         times = []
         for step in range(steps):
             tokens = self.prompts(batch)
-            started = time.perf_counter()
+            started = clock()
             self._decode(state, [(t, context + step, s, True) for s, t in enumerate(tokens)])
-            times.append(time.perf_counter() - started)
+            times.append(clock() - started)
         self.c.llama_free(state)
         return statistics.median(times)
 
@@ -187,11 +190,11 @@ class CTranslate2:
     def _generate(self, context: int, batch: int, tokens: int) -> list[float]:
         """Moments: of the start, and of every token of the first sequence."""
         prompts = [[self.words[t] for t in self.prompts(context)] for _ in range(batch)]
-        moments = [time.perf_counter()]
+        moments = [clock()]
 
         def token(result) -> bool:
             if result.batch_id == 0:
-                moments.append(time.perf_counter())
+                moments.append(clock())
             return False
 
         self.generator.generate_batch(
@@ -235,12 +238,12 @@ class OnnxRuntimeGenAI:
         params.set_search_options(max_length=length, min_length=length, batch_size=batch, do_sample=False)
         generator = self.module.Generator(self.model, params)
         ids = np.array([self.prompts(context) for _ in range(batch)], np.int32)
-        started = time.perf_counter()
+        started = clock()
         generator.append_tokens(ids)
         times = []
         for _ in range(steps + 1):
             generator.generate_next_token()
-            ended = time.perf_counter()
+            ended = clock()
             times.append(ended - started)
             started = ended
         return times
@@ -265,9 +268,9 @@ def make(name: str, path: str) -> Engine:
 
 
 def serve(name: str, path: str) -> None:
-    started = time.perf_counter()
+    started = clock()
     engine = make(name, path)
-    print(json.dumps({"load_seconds": time.perf_counter() - started}), flush=True)
+    print(json.dumps({"load_seconds": clock() - started}), flush=True)
     for line in sys.stdin:
         command = json.loads(line)
         seconds = getattr(engine, command.pop("do"))(**command)
@@ -276,6 +279,9 @@ def serve(name: str, path: str) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[3:] == ["--cpu-time"]:
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        clock = time.process_time
     for variable in ("OMP_NUM_THREADS", "TVM_NUM_THREADS"):
         os.environ[variable] = str(cores())
     serve(*sys.argv[1:3])

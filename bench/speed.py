@@ -3,6 +3,7 @@
     python -m llmc.bench.speed --work DIR                 # makes the models and artifacts in DIR, then measures
     python -m llmc.bench.speed --work DIR --rounds 5 --only decode-128,prefill-512
     python -m llmc.bench.speed --work DIR --quantized     # schemes of 4 and 8 bits, and the same of others
+    python -m llmc.bench.speed --work DIR --quantized --cpu-time     # on a machine that is not quiet
 
 Every engine loads once in a process of its own; then rounds go through all tasks and engines in turn, so that what else
 the machine does hits all of them alike. Medians over the rounds, ratios of medians, and the machine's read bandwidth
@@ -76,9 +77,9 @@ class Worker:
     load_seconds: float
 
     @classmethod
-    def start(cls, engine: str, path: Path) -> Worker:
+    def start(cls, engine: str, path: Path, cpu_time: bool = False) -> Worker:
         process = subprocess.Popen(
-            [sys.executable, "-m", "llmc.bench.engines", engine, str(path)],
+            [sys.executable, "-m", "llmc.bench.engines", engine, str(path), *(["--cpu-time"] if cpu_time else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -161,9 +162,9 @@ def weight_bytes(path: Path) -> int:
     return sum(f.stat().st_size for f in files)
 
 
-def measure(paths: dict[str, Path], tasks: list[str], rounds: int) -> dict:
+def measure(paths: dict[str, Path], tasks: list[str], rounds: int, cpu_time: bool = False) -> dict:
     """-> {"bandwidth": bytes a second, "seconds": {task: {engine: [a round's seconds, …]}}, "load": …, "peak": …}"""
-    workers = {engine: Worker.start(engine, path) for engine, path in paths.items()}
+    workers = {engine: Worker.start(engine, path, cpu_time) for engine, path in paths.items()}
     seconds: dict[str, dict[str, list[float]]] = {task: {} for task in tasks}
     peak: dict[str, int] = {}
     probe, bandwidth = ReadProbe(), []
@@ -217,6 +218,8 @@ def table(found: dict) -> str:
         sizes = ", ".join(f"{engine} {size / 1e6:.0f}" for engine, size in found["weight_bytes"].items())
         lines.append(f"weights on disk, MB: {sizes}")
     lines.append(f"read bandwidth {found['bandwidth'] / 1e9:.1f} GB/s on {cores()} cores")
+    if found.get("cpu_time_of_one_core"):
+        lines.append(f"tokens a second of one core's computing time, at a load average of {found['load_average']:.1f}")
     return "\n".join(lines)
 
 
@@ -228,24 +231,26 @@ def main() -> None:
     parser.add_argument("--only", help="tasks, joined by commas")
     parser.add_argument("--engines", help="engines, joined by commas")
     parser.add_argument("--quantized", action="store_true", help="engines over quantized weights")
+    parser.add_argument("--cpu-time", action="store_true", help="seconds of one core, for a machine that is not quiet")
     arguments = parser.parse_args()
     tasks = arguments.only.split(",") if arguments.only else list(TASKS)
     engines = arguments.engines.split(",") if arguments.engines else list(QUANTIZED if arguments.quantized else ENGINES)
     engines = [engine for engine in engines if installed(engine)]
     arguments.work.mkdir(parents=True, exist_ok=True)
     paths = prepare(arguments.work, arguments.shape, engines)
-    found = measure(paths, tasks, arguments.rounds)
+    found = measure(paths, tasks, arguments.rounds, arguments.cpu_time)
     row = {
         "date": time.strftime("%Y-%m-%d"),
         "shape": arguments.shape,
         "cores": cores(),
         "load_average": os.getloadavg()[0],
+        "cpu_time_of_one_core": arguments.cpu_time,
         **found,
     }
     RESULTS.mkdir(exist_ok=True)
     with open(RESULTS / "speed.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
-    print(table(found))
+    print(table(row))
 
 
 if __name__ == "__main__":

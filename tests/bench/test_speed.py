@@ -55,7 +55,11 @@ def test_table_of_quantized_engines():
     text = speed.table({"bandwidth": 1e9, "seconds": {"decode-128": seconds}, "weight_bytes": {"llmc-int4": 81e7}})
     assert "| task | engine | tokens/s | range | int4 / engine | int4-g32-a8 / engine |" in text
     assert "| decode-128 | llama.cpp-Q4_0 | 5.0 | 5.0 to 5.0 | 2.00 | 4.00 |" in text
-    assert "weights on disk, MB: llmc-int4 810" in text
+    assert "weights on disk, MB: llmc-int4 810" in text and "computing time" not in text
+    one_core = {"cpu_time_of_one_core": True, "load_average": 7.0}
+    assert "one core's computing time, at a load average of 7.0" in speed.table(
+        {"bandwidth": 1e9, "seconds": {}, **one_core}
+    )
 
 
 def test_engines_know_their_tasks_and_packages(monkeypatch):
@@ -77,8 +81,9 @@ def test_an_engine_that_dies_is_named(tmp_path):
         speed.Worker.start("llama.cpp", tmp_path / "missing.gguf")
 
 
-def test_an_engine_in_its_process(tiny_python):
-    worker = speed.Worker.start("llmc-float32", tiny_python)
+@pytest.mark.parametrize("cpu_time", [False, True])
+def test_an_engine_in_its_process(tiny_python, cpu_time):
+    worker = speed.Worker.start("llmc-float32", tiny_python, cpu_time)
     try:
         assert worker.measure({"do": "decode", "context": 20, "batch": 2, "steps": 3})["seconds"] > 0
         assert worker.measure({"do": "prefill", "tokens": 20})["seconds"] > 0
