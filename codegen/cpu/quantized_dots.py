@@ -235,7 +235,9 @@ class DotProduct(Product):
 
             def segment(s: Any, size_of_segment: int) -> list[list[Any]]:
                 """The sums of a segment [row][vector], int32."""
+                chains = 2 if size * len(terms) == 1 else 1  # of a single sum: it would wait for its own last dot
                 sums = [[[v.register(dtype="int32") for _ in vectors] for _ in range(size)] for _ in terms]
+                others = [[v.register(v.iconst(0), "int32") for _ in vectors] for _ in range(chains - 1)]
                 zero = None
                 if zeros is not None:
                     g = T.floordiv(s * self.segment, T.int64(self.format.group or self.depth))
@@ -259,8 +261,9 @@ class DotProduct(Product):
                         for term, term_sums in zip(terms, sums, strict=True):
                             for r in range(size):
                                 a = T.bind(v.broadcast(term[at[r] + begin + i]))
+                                to = others[0] if i % chains else term_sums[r]
                                 for j in vectors:
-                                    term_sums[r][j].set(self._dot(codes[j], a, term_sums[r][j].get()))
+                                    to[j].set(self._dot(codes[j], a, to[j].get()))
 
                 if count <= UNROLLED:
                     steps(base_step, count, aligned)
@@ -270,6 +273,9 @@ class DotProduct(Product):
                         steps(T.bind(base_step + i * unroll), unroll, aligned)
                     if count % unroll:
                         steps(T.bind(base_step + count // unroll * unroll), count % unroll, aligned)
+                for other in others:
+                    for j in vectors:
+                        sums[0][0][j].set(sums[0][0][j].get() + other[j].get())
                 return [
                     [
                         T.bind(T.shift_left(sums[0][r][j].get(), v.iconst(8)) + sums[1][r][j].get())
