@@ -117,7 +117,7 @@ class _Copy:
         self.shared, self.base = (place, base) if place is not None else (self.m.shared(size, "uint16"), 0)
         self.async_copy = attend.async_copy
         self.pool = flat(pool, "uint16") if self.async_copy else flat(pool, "uint32")
-        if not self.async_copy:
+        if not self.async_copy and self.m.language != "amdgpu":
             self.words = T.decl_buffer((size // 2,), "uint32", data=self.shared.data, scope="shared")
         self.memory: Any = None  # of codes
         self.factors: Any = None
@@ -179,13 +179,21 @@ class _Copy:
 
             def land(i: int, row: Any, column: Any) -> None:
                 words, at = (self.coming, i * 4) if self.memory is None else (self.numbers(i), 0)
-                self.m.put(self.words, self.base + row * self.stride + column, "uint16", words, at, PIECE)
+                self.put(self.base + row * self.stride + column, words, at)
                 if self.factors is not None:
                     with when(column == 0):
                         T.buffer_store(self.factors, self.scale[i], [row])
 
             self.pieces(land)
         self.m.barrier()
+
+    def put(self, element: Any, words: Any, at: int) -> None:
+        """Store a piece from words[at], … on. TVM takes a view of AMD's shared memory in another dtype for global."""
+        if self.m.language != "amdgpu":
+            self.m.put(self.words, element, "uint16", words, at, PIECE)
+        else:
+            halves = T.reinterpret(f"uint16x{PIECE}", words.buffer.vload([at], f"uint32x{PIECE // 2}"))
+            T.buffer_store(self.shared, halves, [T.ramp(element, 1, PIECE)])
 
     def numbers(self, i: int) -> Any:
         """The i-th piece of codes as words of numbers in the dtype of queries."""

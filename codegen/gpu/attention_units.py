@@ -167,11 +167,12 @@ class Amd(Unit):
         self.load_keys(shared, at, stride, to)  # both operands lie alike
 
     def load_keys(self, shared: Any, at: Any, stride: int, to: Registers) -> None:
-        words = T.decl_buffer((shared.shape[0] // 2,), "uint32", data=shared.data, scope="shared")
         width = min(self.words, 4)
         for w in range(0, self.words, width):
-            first = T.floordiv(at + self.own * stride + self.depth(2 * w), T.int32(2 * width)) * width
-            T.buffer_store(to.buffer, words.vload([first], f"uint32x{width}"), [T.ramp(w, 1, width)])
+            # Halves, as they lie: TVM takes a view of AMD's shared memory in another dtype for global memory.
+            first = at + self.own * stride + self.depth(2 * w)
+            halves = shared.vload([T.ramp(first, 1, 2 * width)])
+            T.buffer_store(to.buffer, T.reinterpret(f"uint32x{width}", halves), [T.ramp(w, 1, width)])
 
     def load_values(self, shared: Any, at: Any, stride: int, to: Registers) -> None:
         def one(i: int) -> Any:

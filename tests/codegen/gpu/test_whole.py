@@ -23,8 +23,9 @@ def built(kind, model):
     from llmc.passes.goal import Goal
 
     facts = target(kind)
-    lowered = codegen.lower(model.module, Goal(target=facts, dtype=model.dtype, page_size=4))
+    # First of all: TVM keeps the device of a kind that is there when it first asks, and that may be the HIP plugin's.
     device.install(kind, strict=True)
+    lowered = codegen.lower(model.module, Goal(target=facts, dtype=model.dtype, page_size=4))
     executable, _ = machine_code(lowered.module, tvm.target.Target(facts.tvm(), host={"kind": "llvm"}))
     sources = {name: Array(value) for name, value in model.weights.items()}
     weights = {
