@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import tvm
 from tvm import relax
 
-from llmc.ir.errors import CompileError
 from llmc.ir.quantized import Format
 
 from .rows.program import Program
 
-__all__ = ["Backend", "Params", "Weight", "backend", "label", "quantized_kernels"]
+__all__ = ["Backend", "Params", "Weight", "backend", "label"]
 
 Weight = str | Format  # how a weight is stored: a dtype of floats, or the format of a quantized one
 
@@ -27,7 +24,8 @@ class Backend(Protocol):
     docstring (codegen/cpu/…), in that order, whatever the machine.
 
     `weight` is a dtype of floats, or the Format of a quantized weight: CompileError where the machine has no kernel
-    for it. `packed` are the tensors that `pack` gives: one for floats, what the kernel reads for a format.
+    for it. `packed` are the tensors that `pack` gives: one for floats, what the kernel reads for a format. Kernels over
+    formats are those of each room's quantized.py, which take `format=` for `weight=`.
     """
 
     @property
@@ -110,19 +108,6 @@ def activation_dtype(machine: Backend, dtype: str) -> str:
 def label(weight: Weight, rounded: int | None = None) -> str:
     """How a weight is stored, as it stands in a kernel's name: "bfloat16", "int4_g32", "int8_a8"."""
     return str(weight).replace("-", "_") + ("" if rounded is None else "_a8")
-
-
-def quantized_kernels(room: str, target: Any, format: Format) -> Any:
-    """The module codegen/<room>/quantized.py; CompileError where there is none.
-
-    It has pack(target, emit, parts, columns, depth, format), matmul(target, columns, depth, *, format, activation, out,
-    rounded), expert_linear(target, experts, columns, depth, *, format, activation, ids, bias, rounded) and
-    take(target, rows, depth, *, format, out, ids), with the arguments and results of Backend.
-    """
-    name = f"llmc.codegen.{room}.quantized"
-    if importlib.util.find_spec(name) is None:
-        raise CompileError(f"{target.name} has no kernels for quantized weights ({format}): compile without quantize")
-    return importlib.import_module(name)
 
 
 def backend(target: Any) -> Backend:

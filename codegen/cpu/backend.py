@@ -10,8 +10,8 @@ from tvm.relax import op as R
 
 from llmc.targets import CpuTarget
 
-from ..backend import quantized_kernels
 from ..epilogue import Epilogue
+from . import quantized
 from .append import append_pages, copy_pages
 from .attention import paged_attention
 from .experts import expert_linear
@@ -35,7 +35,7 @@ class CpuBackend:
     def pack(self, emit, parts, columns, depth, weight):
         """Of floats: rows [..., columns, depth] in panels [..., panels, steps, vectors, lanes(, 2)]: see pack.py."""
         if not isinstance(weight, str):
-            return self._quantized(weight).pack(self.target, emit, parts, columns, depth, weight)
+            return quantized.pack(self.target, emit, parts, columns, depth, weight)
         (rows,) = parts
         layout = panels(self.target, columns, depth, weight)
         lead = [int(d) for d in rows.ty.shape][:-2]
@@ -50,20 +50,16 @@ class CpuBackend:
             shape, axes = [*shape, 2], [*axes, k + 4]
         return [emit(R.permute_dims(emit(R.reshape(rows, shape)), axes))]
 
-    def _quantized(self, format):
-        return quantized_kernels("cpu", self.target, format)
-
     def matmul(self, columns, depth, *, weight, activation, out, rounded=None):
         made = {"activation": activation, "out": out}
         if not isinstance(weight, str):
-            kernels = self._quantized(weight)
-            return kernels.matmul(self.target, columns, depth, format=weight, rounded=rounded, **made)
+            return quantized.matmul(self.target, columns, depth, format=weight, rounded=rounded, **made)
         return matmul(self.target, columns, depth, weight=weight, **made)
 
     def expert_linear(self, experts, columns, depth, *, weight, activation, ids, bias, rounded=None):
         if not isinstance(weight, str):
             made = {"activation": activation, "ids": ids, "bias": bias, "rounded": rounded}
-            return self._quantized(weight).expert_linear(self.target, experts, columns, depth, format=weight, **made)
+            return quantized.expert_linear(self.target, experts, columns, depth, format=weight, **made)
         return expert_linear(
             self.target,
             experts,
@@ -78,7 +74,7 @@ class CpuBackend:
 
     def take(self, rows, depth, *, weight, out, ids):
         if not isinstance(weight, str):
-            return self._quantized(weight).take(self.target, rows, depth, format=weight, out=out, ids=ids)
+            return quantized.take(self.target, rows, depth, format=weight, out=out, ids=ids)
         return take(self.target, rows, depth, weight=weight, out=out, packed=True, ids=ids)
 
     def append_pages(self, **made: Any):

@@ -7,8 +7,6 @@ from typing import Any
 
 import tvm
 
-from ..backend import quantized_kernels
-
 __all__ = ["GpuBackend"]
 
 
@@ -25,32 +23,31 @@ class GpuBackend:
         return self.target.matrix_unit == "simdgroup"  # its operands pass registers, converted, on their way anyway
 
     def pack(self, emit, parts, columns, depth, weight):
+        from . import quantized
         from .pack import pack
 
         if not isinstance(weight, str):
-            return self._quantized(weight).pack(self.target, emit, parts, columns, depth, weight)
+            return quantized.pack(self.target, emit, parts, columns, depth, weight)
         (rows,) = parts
         return [pack(emit, rows, columns, depth, weight)]
 
-    def _quantized(self, format):
-        return quantized_kernels("gpu", self.target, format)
-
     def matmul(self, columns, depth, *, weight, activation, out, rounded=None):
+        from . import quantized
         from .matmul import matmul
 
         made = {"activation": activation, "out": out, "batch_invariant": None}
         if not isinstance(weight, str):
-            kernels = self._quantized(weight)
-            return kernels.matmul(self.target, columns, depth, format=weight, rounded=rounded, **made)
+            return quantized.matmul(self.target, columns, depth, format=weight, rounded=rounded, **made)
         return matmul(self.target, columns, depth, weight=weight, **made)
 
     def expert_linear(self, experts, columns, depth, *, weight, activation, ids, bias, rounded=None):
         from ..epilogue import Epilogue
+        from . import quantized
         from .experts import expert_linear
 
         if not isinstance(weight, str):
             made = {"activation": activation, "ids": ids, "bias": bias, "rounded": rounded, "batch_invariant": None}
-            return self._quantized(weight).expert_linear(self.target, experts, columns, depth, format=weight, **made)
+            return quantized.expert_linear(self.target, experts, columns, depth, format=weight, **made)
         return expert_linear(
             self.target,
             experts,
@@ -65,10 +62,11 @@ class GpuBackend:
         )
 
     def take(self, rows, depth, *, weight, out, ids):
+        from . import quantized
         from .gather import take
 
         if not isinstance(weight, str):
-            return self._quantized(weight).take(self.target, rows, depth, format=weight, out=out, ids=ids)
+            return quantized.take(self.target, rows, depth, format=weight, out=out, ids=ids)
         return take(self.target, rows, depth, weight=weight, out=out, packed=True, ids=ids)
 
     def append_pages(self, **made: Any):

@@ -7,14 +7,14 @@ from typing import Any
 
 import tvm
 
-from ..backend import Backend, backend, quantized_kernels
+from ..backend import Backend, backend
 from ..bundle_arguments import AddCopyPages, BundleArguments
 from ..gpu.pack import row_elements
 from ..lift_weights import RECIPES, LiftWeights
 from ..lower_embedding import LowerEmbedding
 from ..lower_experts import LowerExperts
 from ..lower_matmul import LowerMatmul
-from . import loops
+from . import loops, quantized
 
 __all__ = ["PlainBackend", "PlainTarget", "reference"]
 
@@ -52,26 +52,22 @@ class PlainBackend:
     def pack(self, emit, parts, columns, depth, weight):
         return self.machine.pack(emit, parts, columns, depth, weight)
 
-    def _quantized(self, format):
-        return quantized_kernels("plain", self.target.of, format)
-
     def matmul(self, columns, depth, *, weight, activation, out, rounded=None):
         if not isinstance(weight, str):
             made = {"activation": activation, "out": out, "rounded": rounded}
-            return self._quantized(weight).matmul(self.target.of, columns, depth, format=weight, **made)
+            return quantized.matmul(self.target.of, columns, depth, format=weight, **made)
         return loops.matmul(columns, depth, row_elements(depth, weight), weight, activation, out)
 
     def expert_linear(self, experts, columns, depth, *, weight, activation, ids, bias, rounded=None):
         if not isinstance(weight, str):
             made = {"activation": activation, "ids": ids, "bias": bias, "rounded": rounded}
-            kernels = self._quantized(weight)
-            return kernels.expert_linear(self.target.of, experts, columns, depth, format=weight, **made)
+            return quantized.expert_linear(self.target.of, experts, columns, depth, format=weight, **made)
         stride = row_elements(depth, weight)
         return loops.expert_linear(experts, columns, depth, stride, weight, activation, ids, bias)
 
     def take(self, rows, depth, *, weight, out, ids):
         if not isinstance(weight, str):
-            return self._quantized(weight).take(self.target.of, rows, depth, format=weight, out=out, ids=ids)
+            return quantized.take(self.target.of, rows, depth, format=weight, out=out, ids=ids)
         return loops.take(rows, depth, row_elements(depth, weight), weight, out, ids)
 
     def copy_pages(self, page, dtype):

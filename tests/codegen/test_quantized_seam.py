@@ -1,6 +1,6 @@
 """Quantized weights in the last stage: what reaches a machine's kernels, and that nothing is decoded beside them."""
 
-import types
+import itertools
 
 import pytest
 import tvm
@@ -8,7 +8,6 @@ from tvm import relax, tirx
 from tvm.relax import op as R
 
 from llmc import targets
-from llmc.codegen import backend as seam
 from llmc.codegen.lift_weights import RECIPES, LiftWeights
 from llmc.codegen.lower_embedding import LowerEmbedding
 from llmc.codegen.lower_experts import LowerExperts
@@ -38,9 +37,9 @@ def asked(monkeypatch):
     def pack(target, emit, parts, columns, depth, format):
         return list(parts)
 
-    kernels = types.SimpleNamespace(pack=pack, **{k: kernel(k) for k in ("matmul", "expert_linear", "take")})
-    for room in ("cpu", "gpu"):
-        monkeypatch.setattr(f"llmc.codegen.{room}.backend.quantized_kernels", lambda *_: kernels)
+    kernels = {"pack": pack} | {name: kernel(name) for name in ("matmul", "expert_linear", "take")}
+    for room, name in itertools.product(("cpu", "gpu"), kernels):
+        monkeypatch.setattr(f"llmc.codegen.{room}.quantized.{name}", kernels[name])
     return seen
 
 
@@ -170,9 +169,3 @@ def test_what_no_kernel_reads_is_refused(asked):
 
     with pytest.raises(CompileError, match=r"read by a kernel, found w \(int4-g32\) used by permute_dims in step"):
         lowered(module(body, {"w": (INT4, (2, 96, 64))}))
-
-
-def test_a_machine_without_kernels_says_so(monkeypatch):
-    monkeypatch.setattr(seam.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(CompileError, match=r"cpu:x86-64-v4 has no kernels for quantized weights \(int4-g32\)"):
-        lowered(module(lambda bb, x, ids, w: linear(bb, x, w), {"w": (INT4, (96, 64))}))
