@@ -47,7 +47,8 @@ define linkonce_odr void @llmc_wave_acquire() alwaysinline {
   ret void
 }
 """
-# Shared memory taken for global memory: TVM writes so where two of its buffers were given the same place.
+# Shared memory taken for global memory: TVM writes so where two of its buffers were given the same place, and where it
+# is seen through a view in another dtype.
 _TAKEN_FOR_GLOBAL = re.compile(r"addrspacecast \(?ptr addrspace\(3\) \S+ to ptr addrspace\(1\)")
 
 

@@ -17,6 +17,7 @@ from .attention_parts import Asked, Finish, Memory, Operands, Tile
 from .attention_tiles import FEW_HEADS, HIDDEN, NOTHING, PIECE, row_stride, sides_of
 from .attention_units import SIDE, Unit, unit_of
 from .machine import Machine, flat, i64, loop, when
+from .memory import Halves
 
 __all__ = ["Latent", "attend"]
 
@@ -167,7 +168,7 @@ class _Attend:
         m, asked = self.m, self.asked
         across = asked.head_dim // PIECE
         memory = Memory(m, self.o.k, asked.stored, PIECE)
-        words = T.decl_buffer((places(asked) // 2,), "uint32", data=self.place.data, scope="shared.dyn")
+        halves = Halves(m, self.place)
         codes, numbers = memory.registers(1), m.registers(PIECE // 2, "uint32")
         with loop(TOKENS * across - m.thread, step=m.threads) as offset:
             piece = T.bind(offset + m.thread)
@@ -177,7 +178,7 @@ class _Attend:
             memory.fetch(T.bind(token * asked.head_dim + column), codes, 0)
             scale = m.keep(self.o.k_scales[token], "float32")
             m.pack([value * scale for value in memory.floats(codes, 0)], asked.dtype, numbers, 0)
-            m.put(words, self.keys + row * self.stride + column, "uint16", numbers, 0, PIECE)
+            halves.put(self.keys + row * self.stride + column, numbers, 0, PIECE)
 
     def multiply_keys(self) -> None:
         """scores = products of sixteen queries with sixteen tokens."""

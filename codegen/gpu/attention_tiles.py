@@ -20,6 +20,7 @@ from tvm.tirx.script import builder as T
 from .attention_parts import Asked, Finish, Memory, Operands, Parts, Tile
 from .attention_units import SIDE, Unit, unit_of
 from .machine import Machine, flat, i64, loop, when
+from .memory import Halves
 
 __all__ = ["Tiling", "attend"]
 
@@ -117,8 +118,8 @@ class _Copy:
         self.shared, self.base = (place, base) if place is not None else (self.m.shared(size, "uint16"), 0)
         self.async_copy = attend.async_copy
         self.pool = flat(pool, "uint16") if self.async_copy else flat(pool, "uint32")
-        if not self.async_copy and self.m.language != "amdgpu":
-            self.words = T.decl_buffer((size // 2,), "uint32", data=self.shared.data, scope="shared")
+        if not self.async_copy:
+            self.halves = Halves(self.m, self.shared)
         self.memory: Any = None  # of codes
         self.factors: Any = None
         self.scales = scales
@@ -179,21 +180,13 @@ class _Copy:
 
             def land(i: int, row: Any, column: Any) -> None:
                 words, at = (self.coming, i * 4) if self.memory is None else (self.numbers(i), 0)
-                self.put(self.base + row * self.stride + column, words, at)
+                self.halves.put(self.base + row * self.stride + column, words, at, PIECE)
                 if self.factors is not None:
                     with when(column == 0):
                         T.buffer_store(self.factors, self.scale[i], [row])
 
             self.pieces(land)
         self.m.barrier()
-
-    def put(self, element: Any, words: Any, at: int) -> None:
-        """Store a piece from words[at], … on. TVM takes a view of AMD's shared memory in another dtype for global."""
-        if self.m.language != "amdgpu":
-            self.m.put(self.words, element, "uint16", words, at, PIECE)
-        else:
-            halves = T.reinterpret(f"uint16x{PIECE}", words.buffer.vload([at], f"uint32x{PIECE // 2}"))
-            T.buffer_store(self.shared, halves, [T.ramp(element, 1, PIECE)])
 
     def numbers(self, i: int) -> Any:
         """The i-th piece of codes as words of numbers in the dtype of queries."""

@@ -1,4 +1,4 @@
-"""Tensors in a GPU's memory as product kernels read and write them: in runs, as float32."""
+"""Memory of a GPU as kernels read and write it: tensors in runs, as float32; shared memory in words."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from .machine import BYTES, Machine, flat, widen
+from .machine import BYTES, Machine, Registers, flat, widen
 
 
 class Memory:
@@ -18,6 +18,29 @@ class Memory:
         self.buffer = buffer
         self.elements = flat(buffer)
         self.words = flat(buffer, "uint32")
+
+
+class Halves:
+    """A block's memory of 16-bit elements, uint16, that words of two are stored to.
+
+    Through a view in words; but TVM takes a view of AMD's shared memory in another dtype for global memory, so there
+    words are stored as the elements that they hold.
+    """
+
+    def __init__(self, m: Machine, buffer: Any):
+        self.m, self.buffer = m, buffer
+        size, scope = int(buffer.shape[0]), buffer.scope()
+        self.view = None
+        if m.language != "amdgpu":
+            self.view = T.decl_buffer((size // 2,), "uint32", data=buffer.data, scope=scope)
+
+    def put(self, element: Any, words: Registers, at: int, count: int) -> None:
+        """Store `count` elements from words[at], … on in one access; `element` is a multiple of `count`."""
+        if self.view is not None:
+            self.m.put(self.view, element, "uint16", words, at, count)
+        else:
+            elements = T.reinterpret(f"uint16x{count}", words.buffer.vload([at], f"uint32x{count // 2}"))
+            T.buffer_store(self.buffer, elements, [T.ramp(element, 1, count)])
 
 
 def store_run(m: Machine, to: Any, element: Any, values: Sequence[Any]) -> None:
