@@ -20,9 +20,8 @@ from llmc.ir.errors import CompileError
 from llmc.ir.quantized import Format
 from llmc.targets import CpuTarget
 
-from .product import Product
 from .quantized_activation import largest, pieces, reduce, whole
-from .quantized_layout import STEP, QuantizedPanels
+from .quantized_layout import STEP, QuantizedProduct
 from .vector import Vector, choose, loop, scratch
 
 OWN_GROUP = 128  # activations that share a scale where a weight's row is one group
@@ -47,14 +46,8 @@ def takes(target: CpuTarget, depth: int, format: Format, rounded: int | None) ->
 
 
 @dataclass(frozen=True, kw_only=True)
-class DotProduct(Product):
-    """A product with a quantized weight by integer dots.
-
-    rounded: the group of round_activation, 0 for a whole row; None: activations are not rounded to 8 bits.
-    """
-
-    format: Format
-    rounded: int | None = None
+class DotProduct(QuantizedProduct):
+    """A product with a quantized weight by integer dots."""
 
     def __post_init__(self):
         if self.rounded and self.depth % self.rounded:
@@ -63,20 +56,8 @@ class DotProduct(Product):
             )
 
     @property
-    def layout(self) -> QuantizedPanels:
-        return QuantizedPanels(self.target, self.columns, self.depth, self.format)
-
-    @property
     def llvm_text(self) -> str:
         return e2m1_text(self.target.lanes) if self.format.table else ""
-
-    @property
-    def packed(self) -> list[tuple[str, tuple[int, ...], str]]:
-        return self.layout.stored
-
-    @property
-    def panel_bytes(self) -> int:
-        return self.layout.panel_bytes
 
     @property
     def terms(self) -> int:

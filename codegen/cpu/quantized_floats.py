@@ -7,24 +7,18 @@ from typing import Any
 from tvm.tirx.script import builder as T
 
 from llmc.ir.errors import CompileError
-from llmc.ir.quantized import Format
 
 from . import quantized_numbers
 from .matmul import RUN, FloatProduct
 from .quantized_activation import largest, whole
-from .quantized_layout import QuantizedPanels
+from .quantized_layout import QuantizedProduct
 from .vector import Vector, loop
 
 
 @dataclass(frozen=True, kw_only=True)
-class DequantizingProduct(FloatProduct):
-    """A product with a quantized weight by float32 multiply-adds in rising k.
+class DequantizingProduct(QuantizedProduct, FloatProduct):  # type: ignore[misc]  # panels of codes, not of floats
+    """A product with a quantized weight by float32 multiply-adds in rising k."""
 
-    rounded: the group of round_activation, 0 for a whole row; None: activations are taken as they are.
-    """
-
-    format: Format
-    rounded: int | None = None
     weight: str = "float32"  # what codes become
 
     def __post_init__(self):
@@ -33,18 +27,6 @@ class DequantizingProduct(FloatProduct):
                 f"{self.target.name} rounds activations in groups of a multiple of {RUN} that fill a row, "
                 f"found groups of {self.rounded} in rows of {self.depth}"
             )
-
-    @property
-    def layout(self) -> QuantizedPanels:  # type: ignore[override]  # panels of codes, not of floats
-        return QuantizedPanels(self.target, self.columns, self.depth, self.format)
-
-    @property
-    def packed(self) -> list[tuple[str, tuple[int, ...], str]]:
-        return self.layout.stored
-
-    @property
-    def panel_bytes(self) -> int:
-        return self.layout.panel_bytes
 
     @property
     def llvm_text(self) -> str:

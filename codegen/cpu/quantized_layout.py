@@ -23,6 +23,7 @@ from llmc.ir.errors import CompileError
 from llmc.ir.quantized import Format
 from llmc.targets import CpuTarget
 
+from .product import Product
 from .vector import Vector, bits
 
 STEP = 4  # consecutive k in a 32-bit lane
@@ -199,3 +200,26 @@ class QuantizedPanels:
 
 def _u8(value: int) -> relax.Expr:
     return relax.const(value, "uint8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedProduct(Product):
+    """A product whose weight lies in QuantizedPanels.
+
+    rounded: the group of round_activation, 0 for a whole row; None: activations are not rounded to 8 bits.
+    """
+
+    format: Format
+    rounded: int | None = None
+
+    @property
+    def layout(self) -> QuantizedPanels:
+        return QuantizedPanels(self.target, self.columns, self.depth, self.format)
+
+    @property
+    def packed(self) -> list[tuple[str, tuple[int, ...], str]]:
+        return self.layout.stored
+
+    @property
+    def panel_bytes(self) -> int:
+        return self.layout.panel_bytes
