@@ -8,6 +8,7 @@ side, so that a step is put while others still multiply the one before.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from tvm.tirx.script import builder as T
@@ -102,30 +103,20 @@ class FloatSide:
 
     def put(self, step: Any) -> None:
         for (_, at, present), register in zip(self.places, self.held, strict=True):
-            if present is None:
+            with there(present):
                 self.unit.put(register, self.piece, at)
-            else:
-                with when(present):
-                    self.unit.put(register, self.piece, at)
 
     def copy(self, step: Any, stage: Any) -> None:
         k, words = self.column(step), self.source.words
-        there = T.Select(k < self.depth, T.uint32(16), T.uint32(0))  # bytes; the rest of 16 become zeros
+        size = T.Select(k < self.depth, T.uint32(16), T.uint32(0))  # bytes; the rest of 16 become zeros
         for base, at, present in self.places:
             to = self.piece.ptr_to([stage * self.size + at])
-
-            def emit(base: Any = base, to: Any = to) -> None:
+            with there(present):
                 if self.depth % self.step:
                     k_there = T.min(k, T.int64(self.depth - CHUNK))
-                    ptx(COPY[16], to, words.ptr_to([T.floordiv(base + k_there, 2)]), 16, there)
+                    ptx(COPY[16], to, words.ptr_to([T.floordiv(base + k_there, 2)]), 16, size)
                 else:
                     ptx(COPY[16], to, words.ptr_to([T.floordiv(base + k, 2)]), 16)
-
-            if present is None:
-                emit()
-            else:
-                with when(present):
-                    emit()
 
     def land(self, step: Any, stage: Any) -> None:
         pass
@@ -189,18 +180,11 @@ class CodeSide:
 
     def put(self, step: Any) -> None:
         k, begin = self.column(step), self.begin(step, 0)
-
-        def decode(start: Any, local: Any, held: Registers) -> None:
-            for i, values in enumerate(self.rows.scaled_run(held, 0, start, k)):
-                chunk = self.number * (self.rows.run // CHUNK) + i
-                self.unit.put_values(values, self.piece, T.bind(begin + self.unit.at(local, chunk, self.chunks)))
-
         for (start, local, present), held in zip(self.places, self.held, strict=True):
-            if present is None:
-                decode(start, local, held)
-            else:
-                with when(present):
-                    decode(start, local, held)
+            with there(present):
+                for i, values in enumerate(self.rows.scaled_run(held, 0, start, k)):
+                    chunk = self.number * (self.rows.run // CHUNK) + i
+                    self.unit.put_values(values, self.piece, T.bind(begin + self.unit.at(local, chunk, self.chunks)))
 
     def slot(self, stage: Any, place: int, first: int, count: int) -> Any:
         """Where this thread keeps `count` words of a run from the word `first` on: a multiple of `count`."""
@@ -211,20 +195,13 @@ class CodeSide:
     def copy(self, step: Any, stage: Any) -> None:
         k = self.column(step)
         for place, (start, _, present) in enumerate(self.places):
-
-            def emit(place: int = place, start: Any = start) -> None:
+            with there(present):
                 for memory, word, first, count in self.rows.pieces(start, k):
                     at_once = min(count, 4)
                     for i in range(0, count, at_once):
                         to = self.raw.ptr_to([self.slot(stage, place, first, count) + i])
                         size = 4 * at_once
                         ptx(COPY[size], to, memory.words.ptr_to([T.bind(word + i)]), size)
-
-            if present is None:
-                emit()
-            else:
-                with when(present):
-                    emit()
 
     def land(self, step: Any, stage: Any) -> None:
         for place, held in enumerate(self.held):
@@ -236,6 +213,11 @@ class CodeSide:
                     vector = self.raw.vload([at], f"uint32x{count}")
                     T.buffer_store(held.buffer, vector, [T.ramp(first, 1, count)])
         self.put(step)
+
+
+def there(present: Any) -> AbstractContextManager:
+    """For the threads that have a place here; None: all have."""
+    return nullcontext() if present is None else when(present)
 
 
 def run_of(layout: Layout, size: int, step: int, threads: int) -> int:
