@@ -25,6 +25,20 @@ def gelu_tanh(a):
 GATES = {"silu": silu, "gelu_tanh": gelu_tanh}
 
 
+def biased_sums(x, w, bias, picked):
+    """x @ w.T + bias in float64, and the sums of the terms' sizes; a row has the expert that is picked for it."""
+    if picked is not None:
+        w = w[picked]
+        sums, sizes = (np.einsum("nd,ncd->nc", *p) for p in ((x, w), (abs(x), abs(w))))
+    else:
+        sums, sizes = x @ w.T, abs(x) @ abs(w).T
+    if bias is None:
+        return sums, sizes
+    bias = bias.astype(np.float64)
+    bias = bias if picked is None else bias[picked]
+    return sums + bias, sizes + abs(bias)
+
+
 class Case:
     """A product with operands of `seed`. `arguments(n)` are the kernel's for n rows, y unwritten.
 
@@ -74,15 +88,7 @@ class Case:
         grow as its derivative, at most 1.13, and its own: an exponential within 1e-7 · (4 + |a|) of itself.
         """
         x, w = self.x.astype(np.float64), self.w.astype(np.float64)
-        if self.experts:
-            w = w[self.picked]
-            sums, sizes = (np.einsum("nd,ncd->nc", *p) for p in ((x, w), (abs(x), abs(w))))
-        else:
-            sums, sizes = x @ w.T, abs(x) @ abs(w).T
-        if self.bias is not None:
-            bias = self.bias.astype(np.float64)
-            bias = bias[self.picked] if self.experts else bias
-            sums, sizes = sums + bias, sizes + abs(bias)
+        sums, sizes = biased_sums(x, w, self.bias, self.picked)
         off = (self.depth + 1) * HALF_ULP["float32"] * sizes
         if self.epilogue.gate:
             half = self.columns // 2

@@ -6,7 +6,7 @@ import numpy as np
 from llmc.codegen.software_device import Unwritten
 from llmc.codegen.weights import numpy_dtype
 from llmc.ir.quantized import Format
-from tests.codegen.gpu.products import HALF_ULP, SMALLEST
+from tests.codegen.gpu.products import HALF_ULP, SMALLEST, biased_sums
 
 NF4 = [
     -1.0,
@@ -164,15 +164,7 @@ class QuantizedCase:
             w = numbers.astype(np.float32).astype(numpy_dtype(rounded)).astype(np.float64) * scale
         else:
             w = numbers * scale
-        if self.experts:
-            w = w[self.picked]
-            sums, sizes = (np.einsum("nd,ncd->nc", *p) for p in ((x, w), (abs(x), abs(w))))
-        else:
-            sums, sizes = x @ w.T, abs(x) @ abs(w).T
-        if self.bias is not None:
-            bias = self.bias.astype(np.float64)
-            bias = bias[self.picked] if self.experts else bias
-            sums, sizes = sums + bias, sizes + abs(bias)
+        sums, sizes = biased_sums(x, w, self.bias, self.picked)
         off = (self.depth + 4) * HALF_ULP["float32"] * sizes
         return sums, off + HALF_ULP[self.out] * (abs(sums) + off) + SMALLEST[self.out]
 
