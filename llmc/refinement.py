@@ -147,13 +147,13 @@ def measured(
 
     if quality == NONE:
         return {}
-    report("measuring quality", 0.0)
     try:
         tokens = tokens_of(imported, quality)
     except CompileError as error:
         if quality is not None:
             raise
         return {"notes": [f"quality was not measured: {error}"]}
+    report("measuring quality", 0.0)
     uses = Evaluator(program, imported.weights, 2).uses()
     layers = max(use.layer for use in uses)
     cost = samples.work(imported.weights, uses)
