@@ -21,8 +21,10 @@ demo: environment
 test: environment lint types
 	$(BIN)/pytest -n 2 -m 'not slow' -q
 
+# Goes on where an earlier run of the same files was broken off; the counts are in build/test-all/table.md. Kernels
+# have limits in seconds of computing: that of pytest, in seconds, is wide for machines with other work.
 test-all: environment lint types
-	$(BIN)/pytest -n 2 -q
+	$(BIN)/pytest -n 2 -q --resume -o timeout=3600
 
 # What a machine with a card needs to measure, in one archive: CUDA_TARGET names its card, CARD_PYTHON its Python,
 # QUANTIZE schemes that are measured beside the checkpoint's dtype.

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["tests.resume"]
+
 # Two cores run two test processes: one thread each, set before numpy, torch or tvm start their pools.
 for variable in ("TVM_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ.setdefault(variable, "1")

@@ -6,6 +6,7 @@ import atexit
 import os
 import pickle
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -23,6 +24,7 @@ __all__ = ["COPIES", "ORDERS", "Unwritten", "check_all", "run", "run_text"]
 
 ORDERS = ("forward", "reverse")
 COPIES = ("late", "early")
+PATIENCE = 20  # times its seconds of computing that a request may take, on a machine that others use too
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ def run(
     kernel: with host code and launches, as tvm.compile takes it. target: a GpuTarget. args: arrays (bfloat16 as
     ml_dtypes has it), `Unwritten`, or numbers, in the order of the parameters, outputs included; they are not changed.
     strict: every access of memory is checked. order: lanes, warps and blocks run "forward" or in "reverse".
-    copies: asynchronous ones land when they are waited for ("late") or at once ("early"). timeout: seconds.
+    copies: asynchronous ones land when they are waited for ("late") or at once ("early"). timeout: seconds of
+    computing, to build and to run it.
     edit: (old, new, which) puts `new` for the occurrence of `old` of that number, from 0, in the emitted text, or for
     all of them if None: to plant a fault. ValueError if there is none.
 
@@ -100,7 +103,7 @@ def _ask(kernel, target, args, strict, settings, timeout, edit=None) -> list[Any
 
 def _request(what: dict, name, target, args, strict, settings, timeout) -> list[Any]:
     how = {"name": name, "target": target.tvm(), "args": list(args), "strict": strict, "settings": settings}
-    request = what | how
+    request = what | how | {"seconds": timeout}
     with _lock:
         return _worker().ask(request, name, timeout)
 
@@ -144,16 +147,18 @@ class _Worker:
             atexit.unregister(self.stop)
 
     def ask(self, request: dict, name: str, timeout: float) -> list[Any]:
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + PATIENCE * timeout
         try:
             send(self.process.stdin, request)
             answer = self._receive(deadline)
         except (EOFError, BrokenPipeError):
             code = self.process.wait()
+            if code == -signal.SIGPROF:
+                raise _late(name, timeout) from None
             raise DeviceFault(f"crash: kernel {name} ended its process (exit {code})", "crash", name) from None
         except TimeoutError:
             self.stop()
-            raise DeviceFault(f"time: kernel {name} did not end within {timeout} s", "time", name) from None
+            raise _late(name, timeout) from None
         if isinstance(answer, BaseException):
             raise answer
         return answer
@@ -176,6 +181,10 @@ class _Worker:
 
         (size,) = struct.unpack("<Q", read(8))
         return pickle.loads(read(size))
+
+
+def _late(name: str, timeout: float) -> DeviceFault:
+    return DeviceFault(f"time: kernel {name} did not end within {timeout} s of computing", "time", name)
 
 
 def send(pipe, message: Any) -> None:

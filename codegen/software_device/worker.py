@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import pickle
+import signal
 import struct
 import sys
 import traceback
@@ -129,12 +130,14 @@ def main() -> None:
     worker = Worker()
     while header := requests.read(8):
         request = pickle.loads(requests.read(struct.unpack("<Q", header)[0]))
+        signal.setitimer(signal.ITIMER_PROF, request["seconds"])  # of this process: past them, it ends
         try:
             reply: Any = worker.answer(request)
         except (DeviceFault, CompileError) as error:
             reply = error
         except Exception:
             reply = RuntimeError(f"on the software device, {request['name']}:\n{traceback.format_exc()}")
+        signal.setitimer(signal.ITIMER_PROF, 0)
         try:
             send(answers, reply)
         except (pickle.PicklingError, TypeError):
