@@ -44,7 +44,7 @@ class Report:
         for step in self.steps:
             wrong = "" if step["error"] <= self.bound else f"   more than {self.bound:.1e}"
             lines.append(
-                f"  {step['name']:22} {step['tokens']:4} tokens   error {step['error']:.1e} of the spread   "
+                f"  {step['name']:30} {step['tokens']:4} tokens   error {step['error']:.1e} of the spread   "
                 f"{step['seconds']:6.1f} s{wrong}"
             )
         if self.fault:
@@ -55,7 +55,8 @@ class Report:
 
 def verify(path: str | Path, target: str) -> Report:
     """Run every kernel of an artifact's GPU target on the software device, in steps of prefill, prefill beside decode,
-    and decode, from copied pages too, and compare the logits with those of plain loops on this CPU.
+    and decode, from copied pages too, and compare the logits with those of plain loops on this CPU. Once more with the
+    functions for `batch_invariant`, if it has such: a sequence by itself must give the same bits as in the batch.
 
     path: the artifact; target: one of its targets ("cuda:sm_90", or "cuda" where it has one of that kind). The kernels
     are those of the artifact's src/ folder, from which its library was made. Any machine will do.

@@ -7,9 +7,10 @@ import math
 import sys
 import time
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tvm
@@ -22,6 +23,7 @@ from llmc.ir.driver import Pages, numpy_dtype, unwritten
 from llmc.ir.errors import CompileError
 from llmc.ir.evaluate import Reference
 from llmc.runtime import artifact
+from llmc.runtime.devices import pages_of
 from llmc.runtime.devices.gpu import GpuExecutor
 from llmc.runtime.executor import Draws, Executor, HostLogits, Table
 from llmc.runtime.sampler import Sampling, best, distribution
@@ -133,6 +135,19 @@ def from_copies(rest: tuple, copies: Sequence[Mapping[int, int]]) -> tuple:
     return (*others, moved)
 
 
+def one_by_one(tokens: np.ndarray, rest: tuple) -> Iterator[tuple[np.ndarray, tuple]]:
+    """Of a step of several sequences, one of each."""
+    positions, indptr, _, tables = rest
+    for s, (start, stop) in enumerate(pairwise(indptr)):
+        rows = np.arange(stop - start, dtype="int32")
+        alone = []
+        for table in tables:
+            first, last = table.kv_indptr[s : s + 2]
+            pages = np.array([0, last - first], "int32")
+            alone.append(Table(pages, table.kv_indices[first:last], table.kv_last_page_len[s : s + 1]))
+        yield tokens[start:stop], (positions[:, start:stop], np.array([0, len(rows)], "int32"), rows, alone)
+
+
 def run(executor: Executor, tokens: np.ndarray, rest: tuple) -> tuple[np.ndarray, np.ndarray]:
     """-> a step's logits, and a token for each of their rows where the executor draws them (else none)."""
     logits = executor.step(executor.embed(tokens), *rest)
@@ -179,51 +194,96 @@ def work(folder: Path, target: str, host: str) -> dict[str, Any]:
         [text] = [sources.read(n).decode() for n in sources.namelist() if n.endswith((".cu", ".ll", ".metal"))]
     software.install(entry.kind, strict=True, text=text)
     executable, _ = machine_code(module, tvm.target.Target(facts.tvm(), host={"kind": "llvm"}))
-    reference = ReferenceExecutor(plain, folder, manifest, entry)
-    sequences = Sequences(entry.state, int(manifest.model["vocab_size"]))
-    machines = {
-        order: GpuExecutor(
-            folder, manifest, entry, cache_tokens=CACHE_TOKENS, machine=executable.mod["vm_load_executable"]()
-        )
-        for order in ("forward", "reverse")
-    }
-    steps: list[dict[str, Any]] = []
+    steps = expected_steps(ReferenceExecutor(plain, folder, manifest, entry), entry, int(manifest.model["vocab_size"]))
     bound = error_bound(entry.dtype, int(manifest.model["layers"]), manifest.model.get("kv_cache"))
-    found = {"bound": bound, "steps": steps, "fault": ""}
-    copies: list[dict[int, int]] = [{} for _ in entry.state]  # of each group: a page -> its copy, on the device only
+    done: list[dict[str, Any]] = []
+    found = {"bound": bound, "steps": done, "fault": ""}
+    for invariant in (False, True) if "step_invariant" in entry.functions else (False,):
+        machines = {
+            order: GpuExecutor(
+                folder, manifest, entry, cache_tokens=CACHE_TOKENS, batch_invariant=invariant,
+                machine=executable.mod["vm_load_executable"](),
+            )
+            for order in ("forward", "reverse")
+        }  # fmt: skip
+        try:
+            done += compared(machines, steps, invariant)
+        except DeviceFault as fault:
+            return found | {"fault": str(fault)}
+        for machine in machines.values():
+            machine.close()
+    return found
+
+
+class Step(NamedTuple):
+    """What a step is given, and what it must come to.
+
+    expected: logits. read: of each group, pages that are read from copies; made: copies to make once the step is done.
+    """
+
+    name: str
+    tokens: np.ndarray
+    rest: tuple
+    expected: np.ndarray
+    read: list[dict[int, int]]
+    made: list[dict[int, int]]
+
+
+def expected_steps(reference: Executor, entry: artifact.TargetEntry, vocabulary: int) -> list[Step]:
+    """The steps of a verification, by the reference."""
+    sequences = Sequences(entry.state, vocabulary)
+    steps: list[Step] = []
+    nothing: list[dict[int, int]] = [{} for _ in entry.state]
     for name, batch in steps_of(entry.state[0].page_size):
         tokens, rest = sequences.arguments(batch)
         expected, _ = run(reference, tokens, rest)
-        made = copies if steps else sequences.whole_pages("a", machines["forward"].pages)
+        read = steps[0].made if steps else nothing
+        made = nothing if steps else sequences.whole_pages("a", pages_of(entry.state, CACHE_TOKENS))
+        steps.append(Step(name, tokens, rest, expected, read, made))
+    reference.close()
+    return steps
+
+
+def compared(machines: Mapping[str, Executor], steps: Sequence[Step], invariant: bool) -> Iterator[dict[str, Any]]:
+    """Of each step, what a report tells. machines: by the order of their lanes, "forward" and "reverse".
+
+    invariant: they run the functions whose sums are in one order; then the second runs each sequence by itself.
+    Raises DeviceFault: a kernel did what has no meaning, or what must be the same bits is not.
+    """
+    for step in steps:
+        whole = step.tokens, from_copies(step.rest, step.read)
         results, started = [], time.perf_counter()
         for order, machine in machines.items():
             software.configure(order=order)
+            parts = one_by_one(*whole) if invariant and order == "reverse" else (whole,)
             try:
-                results.append(run(machine, tokens, from_copies(rest, copies)))
-                for group, pages in enumerate(() if steps else made):
-                    machine.copy_pages(group, list(pages), list(pages.values()))
+                results.append(
+                    [np.concatenate(found) for found in zip(*(run(machine, *p) for p in parts), strict=True)]
+                )
+                for group, pages in enumerate(step.made):
+                    if pages:
+                        machine.copy_pages(group, list(pages), list(pages.values()))
             except Exception as error:
-                fault = software.last_fault() or error
-                if not isinstance(fault, DeviceFault):
+                fault = software.last_fault()
+                if fault is None:
                     raise
-                return found | {"fault": str(fault)}
-        copies = made
-        spread = float(expected.max() - expected.min())
-        (forward, drawn), reverse = results
-        off = float(np.abs(forward - expected).max()) / spread
-        if not all(map(np.array_equal, (forward, drawn), reverse)):
-            return found | {"fault": f"{name}: lanes in reverse order give other logits or tokens: a race"}
+                raise fault from error
+        spread = float(step.expected.max() - step.expected.min())
+        [forward, drawn], [reverse, again] = results
+        off = float(np.abs(forward - step.expected).max()) / spread
+        if not np.array_equal(forward, reverse):
+            why = "a race, or sums that depend on the batch" if invariant else "a race"
+            raise DeviceFault(f"{step.name}: lanes in reverse order give other logits: {why}")
+        if not invariant and not np.array_equal(drawn, again):  # of one sequence, other rows are greedy
+            raise DeviceFault(f"{step.name}: lanes in reverse order give other tokens: a race")
         if wrong := wrong_tokens(forward, drawn):
-            return found | {"fault": f"{name}: {wrong}"}
-        steps.append(
-            {
-                "name": name,
-                "tokens": len(tokens),
-                "error": off if math.isfinite(off) else math.inf,
-                "seconds": round(time.perf_counter() - started, 2),
-            }
-        )
-    return found
+            raise DeviceFault(f"{step.name}: {wrong}")
+        yield {
+            "name": f"{step.name}, invariant" if invariant else step.name,
+            "tokens": len(step.tokens),
+            "error": off if math.isfinite(off) else math.inf,
+            "seconds": round(time.perf_counter() - started, 2),
+        }
 
 
 def main(folder: str, target: str, host: str, answer: str) -> None:

@@ -103,10 +103,13 @@ class GpuExecutor:
         self._runtime = _Runtime(self._device, views=target.kind != "metal")
         names = list(dict.fromkeys(name for f in uses.values() for name in target.functions[f].weights))
         specs = {name: Spec(*weights.specs[name]) for name in names}
+        longest, vocabulary = (int(manifest.model[fact]) for fact in ("max_context", "vocab_size"))
         needed = {
             "weights": sum(spec.bytes for spec in specs.values()),
             "a step": int(manifest.memory.get("intermediate_bytes", 0)),
         }
+        if driver is not None:
+            needed["CUDA graphs"] = graphs.needed_bytes(self.groups, longest, vocabulary)
         self.pages = tuple(self._fit(manifest, target, needed, cache_tokens))
         held = {name: self._runtime.send(weights[name], specs[name]) for name in names}
         convert = ffi().convert
@@ -125,7 +128,6 @@ class GpuExecutor:
         self._machine = machine
         self._graphs: graphs.Graphs | None = None
         if driver is not None:
-            longest = int(manifest.model["max_context"])
             self._graphs = graphs.Graphs(self._runtime, driver, self.groups, longest, self._decode)
         self._first_row = aligned(1)
 

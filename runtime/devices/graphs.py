@@ -21,7 +21,7 @@ from ..artifact import StateGroup
 from ..dlpack import View
 from ..executor import Table, aligned
 
-__all__ = ["CudaDriver", "GraphError", "Graphs", "wanted"]
+__all__ = ["CudaDriver", "GraphError", "Graphs", "needed_bytes", "wanted"]
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)  # sequences for which there is a graph
 APART = 256 // 4  # int32 numbers between arrays: what drivers align tensors to
@@ -40,6 +40,30 @@ class GraphError(RuntimeError):
 def wanted() -> bool:
     """LLMC_CUDA_GRAPHS=0 says that there are to be no graphs."""
     return os.environ.get("LLMC_CUDA_GRAPHS", "1") != "0"
+
+
+def needed_bytes(groups: Sequence[StateGroup], max_context: int, vocabulary: int) -> int:
+    """Memory of the device that graphs set aside: tables and logits of the most sequences. What the driver keeps of
+    a recording, it does not tell.
+    """
+    tables = _layout(_pages(groups, max_context), BUCKETS[-1])[-1][1]
+    return 4 * (tables + BUCKETS[-1] * vocabulary)
+
+
+def _pages(groups: Sequence[StateGroup], max_context: int) -> list[int]:
+    """Of each group, the pages of the longest sequence."""
+    return [-(-max_context // group.page_size) for group in groups]
+
+
+def _layout(pages: Sequence[int], bucket: int) -> list[tuple[tuple[int, ...], int]]:
+    """Shape and end of every array, in numbers of 4 bytes: those of fixed size first, then each group's pages."""
+    fixed = [(bucket,), (1, bucket), (bucket + 1,), (bucket,)]
+    fixed += [shape for _ in pages for shape in ((bucket + 1,), (bucket,))]
+    places, end = [], 0
+    for shape in [*fixed, *((bucket * count,) for count in pages)]:
+        end += -(-int(np.prod(shape)) // APART) * APART
+        places.append((shape, end))
+    return places
 
 
 class CudaDriver:
@@ -103,8 +127,8 @@ class Graphs:
     ):
         """runtime: of the device's memory (`gpu._Runtime`). max_context: tokens of the longest sequence."""
         self._runtime, self._driver, self._launch = runtime, driver, launch
-        self._pages = [-(-max_context // group.page_size) for group in groups]  # of a sequence
-        self._places = {bucket: self._layout(bucket) for bucket in BUCKETS}
+        self._pages = _pages(groups, max_context)
+        self._places = {bucket: _layout(self._pages, bucket) for bucket in BUCKETS}
         self._tables = aligned(self._places[BUCKETS[-1]][-1][1])  # as they are sent
         self._graphs: dict[int, int] = {}
         self._right: set[int] = set()  # whose logits were compared
@@ -116,16 +140,6 @@ class Graphs:
         self._kept: list[View] = []  # for as long as tensors are made of them
         self._view_of_logits: View | None = None
         self.refused = ""  # why there are no graphs
-
-    def _layout(self, bucket: int) -> list[tuple[tuple[int, ...], int]]:
-        """Shape and end of every array, in numbers of 4 bytes: those of fixed size first, then each group's pages."""
-        fixed = [(bucket,), (1, bucket), (bucket + 1,), (bucket,)]
-        fixed += [shape for _ in self._pages for shape in ((bucket + 1,), (bucket,))]
-        places, end = [], 0
-        for shape in [*fixed, *((bucket * pages,) for pages in self._pages)]:
-            end += -(-int(np.prod(shape)) // APART) * APART
-            places.append((shape, end))
-        return places
 
     def step(
         self, tokens: np.ndarray, positions: np.ndarray, qo_indptr: np.ndarray, logit_rows: np.ndarray,

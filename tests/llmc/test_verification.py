@@ -3,14 +3,17 @@
 import dataclasses
 import zipfile
 
+import numpy as np
 import pytest
 
 import llmc
 from llmc.cli import main
+from llmc.codegen.software_device import DeviceFault
 from llmc.ir.errors import CompileError
 from llmc.runtime import artifact
+from llmc.runtime.executor import Table
 from llmc.verification import Report, choose
-from llmc.verification_worker import Sequences, error_bound, from_copies, steps_of, work
+from llmc.verification_worker import Sequences, Step, compared, error_bound, from_copies, steps_of, work
 from tests.conftest import TINY_PYTHON
 
 STEP = {"name": "decode", "tokens": 2, "error": 1e-6, "seconds": 1.5}
@@ -49,7 +52,7 @@ def test_one_of_several_is_named(tiny_python):
 
 def test_what_is_reported():
     assert report().passed
-    assert "decode                    2 tokens   error 1.0e-06 of the spread" in str(report())
+    assert "decode                            2 tokens   error 1.0e-06 of the spread" in str(report())
     assert str(report()).endswith("passed")
     far = report(steps=(STEP, STEP | {"error": 2e-4}))
     assert not far.passed and "more than 1.0e-04" in str(far)
@@ -82,6 +85,49 @@ def test_steps_after_the_first_read_copies():
     assert tables[0].kv_indptr.tolist() == rest[-1][0].kv_indptr.tolist()
     expected = [other_copy if page == other else page for page in rest[-1][1].kv_indices.tolist()]
     assert tables[1].kv_indices.tolist() == expected
+
+
+class Summed:
+    """An executor whose logits are sums of tokens: of a step's all, or of each sequence's where they are apart."""
+
+    samples = False
+
+    def __init__(self, apart):
+        self.apart = apart
+
+    def embed(self, tokens):
+        return tokens.astype("float32")
+
+    def step(self, hidden, positions, qo_indptr, logit_rows, tables):
+        ends = qo_indptr if self.apart else qo_indptr[[0, -1]]
+        sums = np.repeat(np.add.reduceat(hidden, ends[:-1]), np.diff(ends))
+        used = [table.kv_indices[table.kv_indptr[:-1]] for table in tables]  # the first page of each sequence
+        first = np.repeat(used[0], np.diff(qo_indptr))
+        return np.stack([sums, positions[0], first], 1)[logit_rows].astype("float32")
+
+    def fetch(self, logits):
+        return logits
+
+    def copy_pages(self, group, source, target):
+        pass
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_batch_invariant_functions_are_given_each_sequence_by_itself(apart):
+    tokens = np.arange(1, 11, dtype="int32")
+    tables = [Table(*(np.array(a, "int32") for a in ([0, 2, 3], [4, 5, 6], [3, 9])))]
+    rest = (np.array([[19, *range(9)]], "int32"), np.array([0, 1, 10], "int32"), np.arange(10, dtype="int32"), tables)
+    machines = {"forward": Summed(apart), "reverse": Summed(apart)}
+    nothing = [{}]
+    step = Step("mixed", tokens, rest, Summed(apart).step(tokens, *rest), nothing, nothing)
+    [plain] = compared(machines, [step], invariant=False)
+    assert (plain["name"], plain["error"]) == ("mixed", 0)
+    if apart:
+        [found] = compared(machines, [step], invariant=True)
+        assert (found["name"], found["tokens"], found["error"]) == ("mixed, invariant", 10, 0)
+    else:
+        with pytest.raises(DeviceFault, match="mixed: lanes in reverse order give other logits: a race, or sums that"):
+            list(compared(machines, [step], invariant=True))
 
 
 def test_an_artifact_without_loops_to_compare_with(tiny_python, tmp_path):
@@ -125,7 +171,8 @@ def test_a_whole_model(target, dtype, tmp_path):
     path = llmc.compile(TINY_PYTHON, target, output=tmp_path / "tiny.llmc", dtype=dtype)
     found = llmc.verify(path, target)
     assert found.passed, str(found)
-    assert [step["tokens"] for step in found.steps] == [19, 10, 2, 2]
+    assert [step["tokens"] for step in found.steps] == [19, 10, 2, 2] * 2
+    assert [step["name"] for step in found.steps][3:5] == ["decode", "prefill, invariant"]
 
 
 def greedy(path, target, prompt):

@@ -24,10 +24,10 @@ class Device:
         return self.told
 
 
-def fit(free, cache_tokens=None, weights=10**9):
+def fit(free, cache_tokens=None, weights=10**9, **more):
     executor = gpu.GpuExecutor.__new__(gpu.GpuExecutor)
     executor._runtime = Device(free)
-    return executor._fit(MANIFEST, TARGET, {"weights": weights, "a step": 10**8}, cache_tokens)
+    return executor._fit(MANIFEST, TARGET, {"weights": weights, "a step": 10**8} | more, cache_tokens)
 
 
 def test_a_cache_of_what_nine_tenths_of_the_memory_leave():
@@ -49,6 +49,11 @@ def test_a_model_that_is_too_large_is_refused_with_the_arithmetic():
         fit(79 * 10**9, weights=90 * 10**9)
     with pytest.raises(ArtifactError, match=r"1.00 GB for weights .* 2.05 GB for a cache of 2000000 tokens = 3.15 GB"):
         fit(2 * 10**9, cache_tokens=2 * 10**6)
+
+
+def test_graphs_take_their_part():
+    [without], [beside] = fit(2 * 10**9), fit(2 * 10**9, graphs=10**8)
+    assert (without - beside) * 16 * token_bytes((GROUP,)) == pytest.approx(10**8, rel=0.01)
 
 
 def test_a_driver_that_does_not_tell_its_memory():

@@ -152,6 +152,13 @@ class Memory:
         self.piece[start : start + len(array)] = array
 
 
+def test_what_graphs_set_aside_is_known_before_they_are_made():
+    groups = [StateGroup("paged", 4, 0, 0, (0,), ())]
+    fixed = 128 + 128 + 192 + 128 + 192 + 128  # of 128 sequences, each array to a multiple of 64 numbers
+    assert graphs.needed_bytes(groups, 20, 99) == 4 * (fixed + 128 * 5 + 128 * 99)
+    assert len(graphs.Graphs(Memory(), None, groups, 20, None)._tables) == fixed + 128 * 5
+
+
 @pytest.mark.parametrize("count", [1, 3, 4])
 def test_tables_are_filled_up_with_sequences_on_the_scratch_page(count):
     groups = [StateGroup("paged", 4, 0, 0, (0,), ()), StateGroup("paged", 8, 16, 0, (1,), ())]
