@@ -99,7 +99,8 @@ class Baseline:
             del logits
             step = self._compile(
                 lambda token: self._forward(token, cache)[:, -1].argmax(-1, keepdim=True),
-                **({"mode": "reduce-overhead", "fullgraph": True} if self.device != "cpu" else {}),
+                fullgraph=True,
+                mode=None if self.device == "cpu" else "reduce-overhead",
             )
             for at in range(steps + warm):
                 if at == warm:

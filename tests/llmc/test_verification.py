@@ -12,6 +12,7 @@ from llmc.codegen.software_device import DeviceFault
 from llmc.ir.errors import CompileError
 from llmc.runtime import artifact
 from llmc.runtime.executor import Table
+from llmc.targets import cuda, rocm
 from llmc.verification import Report, choose
 from llmc.verification_worker import Sequences, Step, compared, error_bound, from_copies, steps_of, work
 from tests.conftest import TINY_PYTHON
@@ -173,6 +174,29 @@ def test_a_whole_model(target, dtype, tmp_path):
     assert found.passed, str(found)
     assert [step["tokens"] for step in found.steps] == [19, 10, 2, 2] * 2
     assert [step["name"] for step in found.steps][3:5] == ["decode", "prefill, invariant"]
+
+
+# Of each architecture beside those above, one dtype; PTX for later cards is written as machine code is.
+OTHERS = {
+    "cuda:sm_80": "float16", "cuda:sm_86": "bfloat16", "cuda:sm_89": "float16", "cuda:sm_100": "bfloat16",
+    "cuda:sm_120": "float16", "cuda:compute_80": "bfloat16", "rocm:gfx90a": "bfloat16", "rocm:gfx1100": "float16",
+    "rocm:gfx1201": "bfloat16",
+}  # fmt: skip
+
+
+def test_every_architecture_is_there():
+    known = {f"cuda:{a}" for a in (*cuda.GENERIC, *cuda.ARCHITECTURES)} | {f"rocm:{a}" for a in rocm.ARCHITECTURES}
+    assert known == {*OTHERS, "cuda:sm_90", "rocm:gfx942"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("target", OTHERS)
+def test_a_whole_model_on_other_architectures(target, tmp_path):
+    path = llmc.compile(TINY_PYTHON, target, output=tmp_path / "tiny.llmc", dtype=OTHERS[target])
+    found = llmc.verify(path, target)
+    assert found.passed, str(found)
+    assert found.dtype == OTHERS[target] and len(found.steps) == 8
 
 
 def greedy(path, target, prompt):
