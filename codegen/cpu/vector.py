@@ -32,6 +32,10 @@ define linkonce_odr <16 x float> @llmc_dot_bf16(<16 x float> %c, <16 x i32> %a, 
 }
 """
 
+# Stretches of shared-out work, and int32 from one counter to the next: a line of the cache has one (and the buffer is
+# small enough for the stack, see `variable`).
+_STRETCHES, _LINE = 16, 16
+
 Symbols = dict[str, Any]
 Params = Sequence[tuple[str, Sequence[int | str], str]]  # of a kernel: name, shape, dtype
 
@@ -121,25 +125,34 @@ def loop(start: Any, stop: Any):
 
 
 def share_out(items: Any, work: Callable[[Any, Any], None], setup: Callable[[], Any] = lambda: None) -> None:
-    """Call work(item, state) for items 0 … items-1 on every thread of the pool, each drawing the next from a counter.
+    """Call work(item, state) for items 0 … items-1 on the threads of the pool.
 
-    A core that something else slows down draws fewer, and does not set the pace. `setup` runs once a thread and gives
-    the state: its scratch buffers.
+    Every thread has a stretch of items and draws from its counter, the next item each time: what lies together is read
+    in one stream, which prefetchers follow, and whose end they overrun only once. Then it draws from the others'
+    counters: a core that something else slows down does not set the pace. `setup` runs once a thread and gives the
+    state: its scratch buffers.
     """
-    counter = T.alloc_buffer((16,), "int32")
-    T.buffer_store(counter, T.int32(0), [0])
-    count = T.bind(T.Cast("int32", items))
-
-    def draw():
-        return T.call_extern("int32", "llmc_draw", T.address_of(counter[0]))
-
-    threads = T.bind(T.Cast("int32", T.call_packed("runtime.NumThreads")))
-    with T.parallel(T.max(T.min(threads, count), T.int32(0))):
+    counters = T.alloc_buffer((_STRETCHES * _LINE,), "int32")
+    with loop(0, _STRETCHES) as s:
+        T.buffer_store(counters, T.int32(0), [s * _LINE])
+    count = T.bind(i64(items))
+    threads = opaque(T.min(T.Cast("int64", T.call_packed("runtime.NumThreads")), count))
+    stretches = opaque(T.max(T.min(threads, T.int64(_STRETCHES)), T.int64(1)))
+    with T.parallel(T.int64(0), T.max(threads, T.int64(0))) as thread:
         state = setup()
-        ticket = variable("int32", draw())
-        with T.While(ticket[0] < count):
-            work(T.bind(i64(ticket[0])), state)
-            T.buffer_store(ticket, draw(), [0])
+        with loop(0, stretches) as turn:
+            s = opaque(T.floormod(thread + turn, stretches))
+            first = opaque(T.floordiv(count * s, stretches))
+            end = opaque(T.floordiv(count * (s + 1), stretches))
+
+            def draw(s: Any = s, first: Any = first) -> Any:
+                drawn = T.call_extern("int32", "llmc_draw", T.address_of(counters[s * _LINE]))
+                return first + T.Cast("int64", drawn)
+
+            item = variable("int64", draw())
+            with T.While(item[0] < end):
+                work(T.bind(item[0]), state)
+                T.buffer_store(item, draw(), [0])
 
 
 def prefetch(buffer: Any, indices: Sequence[Any]) -> None:
