@@ -7,7 +7,6 @@ import errno
 import hashlib
 import json
 import shutil
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -446,8 +445,6 @@ def _inputs_digest(request: Request, imported) -> str:
     )
     options = [str(request.targets), request.max_context, request.dtype, request.weights]
     options += [request.kv_cache, request.quantize]
-    if request.calibrate is not None or (request.quantize or "").startswith("auto:"):
-        options.append(uuid.uuid4().hex)  # what is measured may come out otherwise next time: begun anew, not resumed
     for file in (request.calibrate, request.quality):
         found = Path(file) if file is not None else None
         options.append(hashlib.sha256(found.read_bytes()).hexdigest() if found and found.is_file() else str(file))

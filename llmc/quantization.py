@@ -12,16 +12,19 @@ from typing import Any
 
 import numpy as np
 
+from llmc.ir.driver import numpy_dtype
 from llmc.ir.errors import CompileError
 from llmc.passes import schemes as registry
 from llmc.passes.schemes import Scheme, Stored
 from llmc.passes.weight_uses import Use, weight_uses
+from llmc.spill import Spill
 
 __all__ = ["Choice", "EncodedWeights", "Plan", "parse", "plan", "plan_of", "prepare", "schemes"]
 
 # Products smaller than this stay as they are: there is nothing to gain.
 SMALLEST, NARROWEST = 1 << 14, 32  # weights, and columns
 CHUNK = 1 << 20  # weights that a thread encodes at a time
+SLICE = 16 << 20  # weights that are encoded before they are written to a file
 KEPT = 256 << 20  # bytes of scales and zero points that wait for their recipes
 
 
@@ -215,11 +218,18 @@ class EncodedWeights(Mapping):
     its own (a quantized checkpoint's, or one that was calibrated) gives these.
 
     importance: weight -> [depth], what an error of each input's weight counts.
+    spill: where a weight is put, encoded, as soon as any of it is read: for who reads it more than once.
     """
 
-    def __init__(self, weights: Mapping[str, Any], plan: Plan, importance: Mapping[str, np.ndarray] | None = None):
-        self.weights, self.plan, self.importance = weights, plan, importance or {}
-        self.waiting: OrderedDict[str, _Encoding] = OrderedDict()
+    def __init__(
+        self,
+        weights: Mapping[str, Any],
+        plan: Plan,
+        importance: Mapping[str, np.ndarray] | None = None,
+        spill: Spill | None = None,
+    ):
+        self.weights, self.plan, self.importance, self.spill = weights, plan, importance or {}, spill
+        self.waiting: OrderedDict[str, _Encoding | _Spilled] = OrderedDict()
 
     def __getitem__(self, name: str) -> Any:
         if name in self.weights:
@@ -230,7 +240,7 @@ class EncodedWeights(Mapping):
         weight = vars(self.weights[base])
         if isinstance(weight.get("parts"), Mapping):
             return weight["order"] if part == "order" else weight["parts"][part]
-        return self.encoding(base).part(part)
+        return _Part(self.encoding(base), part)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)
@@ -238,12 +248,19 @@ class EncodedWeights(Mapping):
     def __len__(self) -> int:
         return len(self.weights)
 
-    def encoding(self, name: str) -> _Encoding:
+    def kinds(self, name: str) -> dict[str, tuple[tuple[int, ...], str]]:
+        """part -> (shape, dtype) of a weight that the plan quantizes."""
+        *others, o, i = self.weights[name].shape
+        shape = (*others, i, o) if name in self.plan.transposed else (*others, o, i)
+        return self.plan.schemes[name].format(shape[-1]).parts(shape)
+
+    def encoding(self, name: str) -> _Encoding | _Spilled:
         """The encoding of a weight; of those that were used longest ago, what they keep is dropped."""
         if name not in self.waiting:
             source = self.weights[name]
             source = _Turned(source) if name in self.plan.transposed else source
-            self.waiting[name] = _Encoding(source, self.plan.schemes[name], self.importance.get(name))
+            encoding = _Encoding(source, self.plan.schemes[name], self.importance.get(name))
+            self.waiting[name] = encoding if self.spill is None else _Spilled(encoding, self.spill, name)
         self.waiting.move_to_end(name)
         while len(self.waiting) > 1 and sum(e.nbytes for e in self.waiting.values()) > KEPT:
             self.waiting.popitem(last=False)
@@ -276,9 +293,6 @@ class _Encoding:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.small.values())
 
-    def part(self, name: str) -> _Part:
-        return _Part(self, name)
-
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         if name == "codes":
             codes = np.empty((stop - start, *self.source.shape[1:]), np.uint8)
@@ -293,7 +307,7 @@ class _Encoding:
         """Rows start:stop: codes into an array, small parts into those that are kept."""
         for name, (shape, dtype) in self.kinds.items():
             if name != "codes" and name not in self.small:
-                self.small[name] = np.empty(shape, _numpy(dtype))
+                self.small[name] = np.empty(shape, numpy_dtype(dtype))
         step = max(1, CHUNK // math.prod(self.source.shape[1:]))
         starts = range(start, stop, step)
 
@@ -313,10 +327,37 @@ class _Encoding:
             list(_threads().map(one, starts))
 
 
+class _Spilled:
+    """One weight's parts in a file, encoded when the first of them is read."""
+
+    nbytes = 0  # of memory
+
+    def __init__(self, encoding: _Encoding, spill: Spill, name: str):
+        self.encoding, self.spill, self.name, self.kinds = encoding, spill, name, encoding.kinds
+        self.parts: dict[str, np.ndarray] | None = None
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        if self.parts is None:
+            self.parts = self.spill.find(self.name, self.kinds) or self.spill.write(
+                self.name, self.kinds, self.pieces()
+            )
+        return self.parts[name][start:stop]
+
+    def pieces(self) -> Iterator[tuple[str, int, np.ndarray]]:
+        """All of the weight: codes slice by slice, then what came with them."""
+        (count, *one), _ = self.kinds["codes"]
+        step = max(1, SLICE // math.prod(one))
+        for start in range(0, count, step):
+            yield "codes", start, self.encoding.read("codes", start, min(start + step, count))
+        for name, part in self.encoding.small.items():
+            yield name, 0, part
+        self.encoding.small.clear()
+
+
 class _Part:
     """A part as a source of recipes."""
 
-    def __init__(self, encoding: _Encoding, name: str):
+    def __init__(self, encoding: _Encoding | _Spilled, name: str):
         self.encoding, self.name = encoding, name
         self.shape, self.dtype = encoding.kinds[name]
 
@@ -332,9 +373,3 @@ def _threads() -> ThreadPoolExecutor:
     if not _POOL:
         _POOL.append(ThreadPoolExecutor(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)))
     return _POOL[0]
-
-
-def _numpy(dtype: str) -> np.dtype:
-    import ml_dtypes
-
-    return np.dtype(getattr(ml_dtypes, dtype, dtype))

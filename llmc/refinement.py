@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from llmc.ir.errors import CompileError
 from llmc.progress import Progress
@@ -29,12 +25,15 @@ def refined(
     """-> (the doors with budgets spent and weights calibrated, facts for the manifest: "quality", or "notes" on why
     there is none).
 
-    doors: compute dtype -> imported model with EncodedWeights. Calibrated parts lie in `folder` as long as this is
-    open. Of the request: calibrate, a file or None; quality, a file, None (the bundled text, if the tokenizer reads it)
-    or "none"; weights.
+    doors: compute dtype -> imported model with EncodedWeights. Each weight is encoded once, into `folder`/encoded (a
+    byte a weight, and its scales), where what is done outlives an interruption; it is removed at the end. Of the
+    request: calibrate, a file or None; quality, a file, None (the bundled text, if the tokenizer reads it) or "none";
+    weights.
     CompileError: a text that cannot be read, too short, or not readable for the tokenizer.
     """
     from llmc import quantization
+    from llmc.passes import schemes
+    from llmc.spill import Spill
 
     imported = next(iter(doors.values()))
     plan, calibrate = quantization.plan_of(imported), request.calibrate
@@ -54,21 +53,23 @@ def refined(
     if not measurable or (budget is None and calibrate is None and quality == NONE):
         yield doors, {}
         return
-    for stale in folder.glob("calibrated-*"):  # of a compilation that was killed
-        shutil.rmtree(stale)
-    with tempfile.TemporaryDirectory(dir=folder, prefix="calibrated-") as spill:
-        program = textbook(imported)
-        if budget is not None:
-            text = calibrate or (None if quality == NONE else quality)
-            plan = replace(plan, schemes=spent(program, imported, plan, budget, text, report))
-            weights = quantization.EncodedWeights(imported.weights.weights, plan)
-            doors = {dtype: replace(door, weights=weights) for dtype, door in doors.items()}
-        if calibrate is not None:
-            own = calibrated(program, imported, plan, calibrate, Path(spill), report)
-            weights = quantization.EncodedWeights({**imported.weights.weights, **own}, plan)
-            doors = {dtype: replace(door, weights=weights) for dtype, door in doors.items()}
-        encoded = next(iter(doors.values())).weights
-        yield doors, measured(program, imported, encoded, plan, quality, report)
+    spill, program = Spill(folder / "encoded"), textbook(imported)
+    if budget is not None:
+        text = calibrate or (None if quality == NONE else quality)
+        chosen = spill.once("schemes", lambda: spent(program, imported, plan, budget, text, report))
+        plan = replace(plan, schemes={name: schemes.parse(scheme) for name, scheme in chosen.items()})
+    encoded = quantization.EncodedWeights(imported.weights.weights, plan, spill=spill)
+    own: dict[str, Any] = {}
+    if calibrate is not None:
+        own = calibrated(program, imported, encoded, calibrate, spill, report)
+        encoded = quantization.EncodedWeights({**imported.weights.weights, **own}, plan, spill=spill)
+    found = spill.once("quality", lambda: measured(program, imported, encoded, quality, report))
+    kept = spill if own or "quality" in found else None  # what nobody has read is read once, into the artifact
+    for dtype, door in doors.items():
+        weights = quantization.EncodedWeights({**door.weights.weights, **own}, plan, spill=kept)
+        doors = doors | {dtype: replace(door, weights=weights)}
+    yield doors, found
+    spill.remove()
 
 
 def textbook(imported: Any) -> Any:
@@ -96,8 +97,10 @@ def tokens_of(imported: Any, file: str | Path | None) -> Any:
     return samples.read_text(imported.files, name, text)
 
 
-def spent(program: Any, imported: Any, plan: Any, budget: float, file: str | Path | None, report: Progress) -> dict:
-    """The scheme of every weight of a plan, within a budget of bits a weight."""
+def spent(
+    program: Any, imported: Any, plan: Any, budget: float, file: str | Path | None, report: Progress
+) -> dict[str, str]:
+    """The name of the scheme of every weight of a plan, within a budget of bits a weight."""
     from llmc.quality import samples
     from llmc.quality.budget import spend
     from llmc.quality.evaluator import Evaluator
@@ -113,11 +116,12 @@ def spent(program: Any, imported: Any, plan: Any, budget: float, file: str | Pat
     first = max(1, len(tokens.prefix))
     chosen = [Window(ids, first) for ids in samples.spread(tokens, length, max(1, min(4, afforded // length)))]
     done = lambda share: report("spending the budget", share)  # noqa: E731
-    return spend(evaluator, chosen, list(plan.schemes), budget, report=done)
+    found = spend(evaluator, chosen, list(plan.schemes), budget, report=done)
+    return {name: scheme.name for name, scheme in found.items()}
 
 
-def calibrated(program: Any, imported: Any, plan: Any, file: str | Path, spill: Path, report: Progress) -> dict:
-    """The weights of the plan, encoded by what their products read of a text."""
+def calibrated(program: Any, imported: Any, encoded: Any, file: str | Path, spill: Any, report: Progress) -> dict:
+    """The weights of a plan, encoded by what their products read of a text."""
     from llmc.quality import samples
     from llmc.quality.calibrate import calibrate
     from llmc.quality.evaluator import Evaluator
@@ -127,19 +131,20 @@ def calibrated(program: Any, imported: Any, plan: Any, file: str | Path, spill: 
     sequences = samples.calibration(tokens, imported.facts["max_context"])
     evaluator = Evaluator(program, imported.weights, len(sequences[0]))
 
-    def keep(name: str, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        mapped: dict[str, np.ndarray] = {}
-        for part, array in parts.items():
-            mapped[part] = np.memmap(spill / f"{name}:{part}", array.dtype, "w+", shape=array.shape)
-            mapped[part][...] = array
-        return mapped
+    def keep(name: str, parts: Any) -> Any:
+        return spill.write(name, encoded.kinds(name), ((part, 0, rows) for part, rows in parts.items()))
 
-    return calibrate(evaluator, sequences, plan.schemes, keep=keep, report=lambda done: report("calibrating", done))
+    return calibrate(
+        evaluator,
+        sequences,
+        encoded.plan.schemes,
+        keep=keep,
+        find=lambda name: spill.find(name, encoded.kinds(name)),
+        report=lambda done: report("calibrating", done),
+    )
 
 
-def measured(
-    program: Any, imported: Any, encoded: Any, plan: Any, quality: str | Path | None, report: Progress
-) -> dict[str, Any]:
+def measured(program: Any, imported: Any, encoded: Any, quality: str | Path | None, report: Progress) -> dict[str, Any]:
     """{"quality": …} for the manifest; or {"notes": […]} on why there is none, where none was asked for."""
     from llmc.quality import samples
     from llmc.quality.evaluator import Evaluator
@@ -163,7 +168,7 @@ def measured(
     evaluator = Evaluator(program, imported.weights, length)
     chosen = windows(tokens.ids, length, prefix=tokens.prefix)[: max(1, int(AFFORDED / (2 * cost * length)))]
     sample = max(1, min(len(chosen), int(AFFORDED / (layers / 2 * cost) / length)))
-    others = {name: decoded(name, encoded, plan, imported.weights[name]) for name in plan.schemes}
+    others = {name: decoded(name, encoded, imported.weights[name]) for name in encoded.plan.schemes}
     found = measure(
         evaluator,
         chosen,
@@ -176,13 +181,12 @@ def measured(
     return {"quality": found.to_dict()}
 
 
-def decoded(name: str, encoded: Any, plan: Any, weight: Any) -> Any:
+def decoded(name: str, encoded: Any, weight: Any) -> Any:
     """A quantized weight, as what its parts stand for."""
     from llmc.quality.encoded import Encoded
 
-    turned = name in plan.transposed
+    turned = name in encoded.plan.transposed
     depth = weight.shape[-2 if turned else -1]
-    scheme = plan.schemes[name]
-    format = scheme.format(depth)
-    parts = {part: encoded[f"{name}:{part}"] for part in format.parts((1, depth))}
-    return Encoded(format, parts, activation=scheme.rounding(depth), turned=turned)
+    scheme = encoded.plan.schemes[name]
+    parts = {part: encoded[f"{name}:{part}"] for part in encoded.kinds(name)}
+    return Encoded(scheme.format(depth), parts, activation=scheme.rounding(depth), turned=turned)

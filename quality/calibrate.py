@@ -16,6 +16,7 @@ __all__ = ["calibrate"]
 
 CHECK = 4  # one sequence in so many is kept to check with
 Keep = Callable[[str, dict[str, np.ndarray]], Mapping[str, np.ndarray]]
+Find = Callable[[str], Mapping[str, np.ndarray] | None]
 
 
 def calibrate(
@@ -24,6 +25,7 @@ def calibrate(
     plan: Mapping[str, Scheme],
     *,
     keep: Keep = lambda name, parts: parts,
+    find: Find = lambda name: None,
     report: Callable[[float], None] | None = None,
 ) -> dict[str, Encoded]:
     """The weights of a plan, each in its scheme, rounded to second order (see gptq).
@@ -35,7 +37,8 @@ def calibrate(
     as its scheme does by itself; so is a weight that is both table and product.
 
     keep(name, parts) puts parts away (into a file) and returns them as they will be read: besides them no more is in
-    memory than the Hessians and the weights of one layer.
+    memory than the Hessians and the weights of one layer. find(name): what was put away before an interruption, if
+    anything was.
     """
     found: dict[str, Encoded] = {}
     tables = {use.weight for use in evaluator.uses() if use.product.kind == "rows"}
@@ -45,6 +48,9 @@ def calibrate(
         uses = {
             u.weight: u for u in evaluator.uses() if u.layer == layer and u.weight in plan and u.weight not in found
         }
+        for name in list(uses):
+            if (parts := find(name)) is not None:
+                found[name] = encoded_as(parts, plan[name], uses.pop(name))
         second = {name: use for name, use in uses.items() if name not in tables}
         held = evaluator.hold(layer)
         hessians = watch(evaluator, layer, state, held, list(second.values())) if second else {}
@@ -55,16 +61,19 @@ def calibrate(
             encoded = [scheme.encode(m) if hessian is None else gptq(m, *hessian, scheme) for m in each]
             parts = {k: np.stack([p[k] for p in encoded]) for k in encoded[0]}
             parts = parts if rows.ndim == 3 else {k: part[0] for k, part in parts.items()}
-            rounding = scheme.rounding(rows.shape[-1])
-            turned = use.product.turned and use.product.kind != "rows"
-            found[name] = Encoded.of(
-                scheme.format(rows.shape[-1]), keep(name, parts), activation=rounding, turned=turned
-            )
+            found[name] = encoded_as(keep(name, parts), scheme, use)
         if layer < last:
             state = evaluator.run(layer, state, evaluator.hold(layer, found))
         if report is not None:
             report((layer + 1) / (last + 1))
     return found
+
+
+def encoded_as(parts: Mapping[str, np.ndarray], scheme: Scheme, use: Use) -> Encoded:
+    """A weight in a scheme."""
+    depth = parts["codes"].shape[-1]
+    turned = use.product.turned and use.product.kind != "rows"
+    return Encoded.of(scheme.format(depth), parts, activation=scheme.rounding(depth), turned=turned)
 
 
 def activation(use: Use) -> tuple[int, ...]:

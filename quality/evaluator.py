@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import tvm
 import tvm_ffi
 
 from llmc.ir.driver import numpy_dtype
+from llmc.quality.head import Head, find_head
 from llmc.quality.layers import Layer, cut_layers
-from llmc.quality.part import Part, Pieces, Product
+from llmc.quality.part import Part, Pieces, Product, inlined
 
 __all__ = ["Evaluator", "Use"]
 
-SLICE = 64 << 20  # bytes of a weight that are converted at a time
+SLICE = 32 << 20  # bytes in float32 of a weight that are converted at a time
+KEPT = 96 << 20  # bytes in float32 of the weights of a part that are kept from one run of it to the next
+ALIVE = 64 << 20  # bytes of the values of sequences that go through a part side by side
 State = list[dict[int, np.ndarray]]  # of every sequence, the values that are alive
+Own = TypeVar("Own")
 Watch = Callable[["Use", np.ndarray, np.ndarray | None], None]
 
 
@@ -41,9 +46,10 @@ class Evaluator:
         evaluator = Evaluator(module, weights, length=512)
         for logits in evaluator(sequences): …              float32 [n, vocab], sequence by sequence
 
-    Equal layers share one compiled function; of the weights, those of one layer are in memory. A Mapping of `others`
-    puts other tensors in the place of weights: each with `read(start, stop)` -> rows, and perhaps `activation`, the
-    group in which the activations of its products are rounded to 8 bits (see ir.round_activation), and `order`.
+    Equal layers share one compiled function. Memory does not grow with the model: weights are read in slices, and only
+    so many sequences go through a part side by side as ALIVE bytes of their values allow. A Mapping of `others` puts
+    other tensors in the place of weights: each with `read(start, stop)` -> rows, and perhaps `activation`, the group in
+    which the activations of its products are rounded to 8 bits (see ir.round_activation), and `order`.
 
     module   the textbook form
     weights  name -> tensor with shape, dtype and read(start, stop)
@@ -59,9 +65,10 @@ class Evaluator:
         for layer in self.layers:
             part = next((p for m, p in built if tvm_ffi.structural_equal(m, layer.module)), None)
             if part is None:
-                part = Part(layer.module, pieces)
+                part = Part(inlined(layer.module), pieces)
                 built.append((layer.module, part))
             self.parts.append(part)
+        self.head: Head | None = find_head(inlined(self.layers[-1].module), pieces)
         # What is read after each part; of the last, the logits.
         reads = [set(layer.reads) for layer in self.layers[1:]] + [set(self.layers[-1].writes)]
         self.alive = [set().union(*reads[i:]) for i in range(len(reads))]
@@ -88,19 +95,40 @@ class Evaluator:
         """The state after a part, with the weights of `held`. `watch` is told of every product what it reads."""
         held = held or self.hold(layer)
         held.watch = watch
-        return [self.step(layer, values, held) for values in state]
+        part, here, found = self.parts[layer], self.layers[layer], []
+        for some in self.together(state, part):
+            written = part.run([[values[r] for r in here.reads] for values in some], held)
+            after = [
+                values | dict(zip(here.writes, own, strict=True)) for values, own in zip(some, written, strict=True)
+            ]
+            found += [{k: v for k, v in values.items() if k in self.alive[layer]} for values in after]
+        return found
 
-    def step(self, layer: int, values: Mapping[int, np.ndarray], held: Held) -> dict[int, np.ndarray]:
-        """One sequence through one part."""
-        here = self.layers[layer]
-        found = self.parts[layer].run([values[r] for r in here.reads], held)
-        after = dict(values) | dict(zip(here.writes, found, strict=True))
-        return {k: v for k, v in after.items() if k in self.alive[layer]}
+    def together(self, state: list[Own], part: Part) -> Iterator[list[Own]]:
+        """What there is of each sequence, in groups that can go through a part side by side."""
+        size = max(1, ALIVE // max(part.peak, 1))
+        return (state[i : i + size] for i in range(0, len(state), size))
 
-    def logits(self, values: Mapping[int, np.ndarray], held: Held) -> np.ndarray:
-        """Logits float32 [n, vocab] of one sequence, from its state before the last part."""
-        (result,) = self.layers[-1].writes
-        return np.asarray(self.step(len(self.layers) - 1, values, held)[result], np.float32)
+    def approach(self, state: State, held: Held) -> list[list[np.ndarray]]:
+        """From the state before the last part, what `logits` reads of each sequence."""
+        given = [[values[r] for r in self.layers[-1].reads] for values in state]
+        if self.head is None:
+            return given
+        found = [own for some in self.together(given, self.head.before) for own in self.head.before.run(some, held)]
+        return [[held.read(self.head.product, x), *operands] for x, *operands in found]
+
+    @property
+    def slices(self) -> list[slice]:
+        """The vocabulary in slices; in one, where the last part ends in something else than a head."""
+        return [slice(None)] if self.head is None else self.head.slices
+
+    def logits(self, read: Sequence[np.ndarray], held: Held, columns: slice) -> np.ndarray:
+        """Logits float32 [n, …] of one sequence for a slice of the vocabulary, from what `approach` gave."""
+        if self.head is None:
+            ((logits,),) = self.parts[-1].run([read], held)
+            return np.asarray(logits, np.float32)
+        x, *operands = read
+        return self.head.logits(x, operands, held.columns(self.head.product, columns), columns)
 
     def __call__(
         self, sequences: Sequence[np.ndarray], others: Mapping[str, Any] | None = None
@@ -109,29 +137,62 @@ class Evaluator:
         state, last = self.start(sequences), len(self.layers) - 1
         for layer in range(last):
             state = self.run(layer, state, self.hold(layer, others))
-        held = self.hold(last, others)
+        (result,), held = self.layers[-1].writes, self.hold(last, others)
         for values in state:
-            yield self.logits(values, held)
+            yield np.asarray(self.run(last, [values], held)[0][result], np.float32)
 
 
 class Held:
-    """The weights of one layer, in the form in which its products read them; converted once for all sequences."""
+    """The weights of one part as its products read them; what fits into KEPT is converted once for all runs."""
 
     def __init__(self, evaluator: Evaluator, layer: int, others: Mapping[str, Any]):
         self.names, self.layer = evaluator.layers[layer].weights, layer
         self.watch: Watch | None = None
         self.plain, self.others = evaluator.weights, others
-        self.matrices: dict[tuple, np.ndarray] = {}
+        self.kept: dict[tuple, np.ndarray] = {}
+        self.last: tuple[slice, np.ndarray] | None = None  # the slice of the head that was read last
 
     def tensor(self, weight: int) -> Any:
         name = self.names[weight]
         return self.others.get(name) if name in self.others else self.plain[name]
 
+    def slices(self, weight: int, product: Product, needed: np.ndarray | None) -> Iterator[tuple[int, np.ndarray]]:
+        key, tensor = (weight, product.stored), self.tensor(weight)
+        size, count = 4 * math.prod(tensor.shape), tensor.shape[0]
+        if key in self.kept or size + sum(w.nbytes for w in self.kept.values()) <= KEPT:
+            if key not in self.kept:
+                self.kept[key] = self.matrix(weight, product)
+            yield 0, self.kept[key]
+            return
+        step = max(1, SLICE * count // max(size, 1))
+        for start in range(0, count, step):
+            if needed is None or ((needed >= start) & (needed < start + step)).any():
+                yield start, self.part(weight, product, slice(start, min(start + step, count)))
+
     def matrix(self, weight: int, product: Product) -> np.ndarray:
-        key = (weight, product.stored)
-        if key not in self.matrices:
-            self.matrices[key] = read_float32(self.tensor(weight), self.casts(weight, product))
-        return self.matrices[key]
+        """All of a weight in float32, converted slice by slice."""
+        tensor = self.tensor(weight)
+        out = np.empty(tensor.shape, np.float32)
+        step = max(1, SLICE * len(out) // max(out.nbytes, 1))
+        for start in range(0, len(out), step):
+            rows = slice(start, min(start + step, len(out)))
+            out[rows] = self.part(weight, product, rows)
+        return out
+
+    def part(self, weight: int, product: Product, rows: slice) -> np.ndarray:
+        """Rows of a weight in float32."""
+        return cast(self.tensor(weight).read(rows.start, rows.stop), self.casts(weight, product))
+
+    def columns(self, product: Product, rows: slice) -> np.ndarray:
+        """Rows of the head's weight; those that were read last are kept."""
+        if self.last is None or self.last[0] != rows:
+            self.last = None
+            self.last = rows, self.part(product.weight, product, rows)
+        return self.last[1]
+
+    def read(self, product: Product, x: np.ndarray) -> np.ndarray:
+        """What the head's product is to read, [n, i] float32."""
+        return self.see(product.weight, product, np.ascontiguousarray(x, np.float32), None)
 
     def casts(self, weight: int, product: Product) -> tuple[str, ...]:
         """A kernel takes the unrounded value of a weight in few bits: its casts are those of stored floats alone."""
@@ -156,16 +217,6 @@ class Held:
             self.watch(Use(self.names[weight], self.layer, product), x, ids)
         group = getattr(self.others.get(self.names[weight]), "activation", None)
         return x if group is None else rounded_activation(x, group)
-
-
-def read_float32(tensor: Any, casts: tuple[str, ...]) -> np.ndarray:
-    """A tensor in float32, converted slice by slice."""
-    out = np.empty(tensor.shape, np.float32)
-    count = tensor.shape[0]
-    step = max(1, SLICE * count // max(out.nbytes, 1))
-    for start in range(0, count, step):
-        out[start : start + step] = cast(tensor.read(start, min(start + step, count)), casts)
-    return out
 
 
 def cast(values: np.ndarray, casts: tuple[str, ...]) -> np.ndarray:

@@ -13,7 +13,6 @@ from llmc.quality.evaluator import Evaluator, Held, State
 
 __all__ = ["Quality", "Score", "Variant", "Window", "compare", "measure", "windows"]
 
-ROWS = 64  # rows of logits that are turned to float64 at a time
 WORST = 5
 Report = Callable[[float], None] | None
 
@@ -69,24 +68,64 @@ class Score:
     def mean_divergence(self) -> float:
         return self.divergence / self.tokens
 
-    def add(self, logits: np.ndarray, wanted: np.ndarray, window: Window) -> None:
-        """Logits [n, vocab] of a window, and those of the program as it was."""
-        for start in range(window.first - 1, len(window.tokens) - 1, ROWS):
-            rows = slice(start, min(start + ROWS, len(window.tokens) - 1))
-            next_tokens = window.tokens[rows.start + 1 : rows.stop + 1]
-            q = log_probabilities(logits[rows])
-            p = q if wanted is logits else log_probabilities(wanted[rows])
-            self.tokens += len(q)
-            self.surprise -= float(q[np.arange(len(q)), next_tokens].sum())
-            self.divergence += float((np.exp(p) * (p - q)).sum())
-            self.agreement += int((p.argmax(axis=-1) == q.argmax(axis=-1)).sum())
+    def add(self, said: Said, wanted: Said) -> None:
+        """What a program said of a window, and what the program as it was did."""
+        self.tokens += len(said.target)
+        self.surprise += float((said.log_sum - said.target).sum())
+        self.divergence += float((said.apart / wanted.total + said.log_sum - wanted.log_sum).sum())
+        self.agreement += int((said.likeliest == wanted.likeliest).sum())
 
 
-def log_probabilities(logits: np.ndarray) -> np.ndarray:
-    """Logits [n, vocab] as log-probabilities, float64."""
-    x = logits.astype(np.float64)
-    x -= x.max(axis=-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+class Slice(NamedTuple):
+    """Of the scored tokens of a window, logits [n, width] of a slice of the vocabulary, float64.
+
+    shares  exp(logits - largest so far)
+    shrunk  [n], the factor by which sums over earlier slices become relative to the largest logit so far
+    """
+
+    logits: np.ndarray
+    shares: np.ndarray
+    shrunk: np.ndarray
+
+
+class Said:
+    """What a program says of the scored tokens of a window, from logits that come a slice of the vocabulary at a time.
+
+    Sums over the vocabulary are in float64 and relative to the largest logit so far.
+
+    target     logit of the token that came
+    total      Σ exp(logit - top)
+    likeliest  token
+    apart      Σ exp(wanted - its top) · (wanted - logit): of the program as it was and of this one
+    """
+
+    def __init__(self, window: Window):
+        self.rows = slice(window.first - 1, len(window.tokens) - 1)
+        self.came = window.tokens[window.first :]
+        count = len(self.came)
+        self.top, self.total, self.apart = np.full(count, -np.inf), np.zeros(count), np.zeros(count)
+        self.target, self.likeliest = np.full(count, np.nan), np.zeros(count, "int64")
+
+    def add(self, logits: np.ndarray, start: int, wanted: Slice | None = None) -> Slice:
+        """Logits [n, width] from token `start` on; `wanted`: those of the program as it was."""
+        x = logits[self.rows].astype(np.float64)
+        most = x.max(axis=-1)
+        self.likeliest = np.where(most > self.top, start + x.argmax(axis=-1), self.likeliest)
+        top = np.maximum(self.top, most)
+        shares = np.exp(x - top[:, None])
+        shrunk = np.exp(self.top - top)
+        self.total = self.total * shrunk + shares.sum(axis=-1)
+        self.top = top
+        here = np.flatnonzero((self.came >= start) & (self.came < start + x.shape[1]))
+        self.target[here] = x[here, self.came[here] - start]
+        if wanted is not None:
+            self.apart = self.apart * wanted.shrunk + np.einsum("nv,nv->n", wanted.shares, wanted.logits - x)
+        return Slice(x, shares, shrunk)
+
+    @property
+    def log_sum(self) -> np.ndarray:
+        """log Σ exp(logit)."""
+        return self.top + np.log(self.total)
 
 
 @dataclass(frozen=True)
@@ -102,8 +141,9 @@ class Variant:
     layers: frozenset[int] | None = None
     sample: int | None = None
 
-    def stands_in(self, layer: int) -> bool:
-        return self.layers is None or layer in self.layers
+    def others_in(self, layer: int) -> Mapping[str, Any]:
+        """The other weights that stand in a part; none where it is as it was."""
+        return self.others if self.layers is None or layer in self.layers else {}
 
 
 def compare(
@@ -111,50 +151,65 @@ def compare(
 ) -> dict[str, Score]:
     """Score of every variant; "" is the program as it was.
 
-    All go through the parts side by side: each weight is read once, and encoded once; a variant costs nothing before
-    the first part in which it differs.
+    All go through the parts side by side, those with the same weights together: weights are read a few times, whatever
+    the number of variants, which cost nothing before the first part in which they differ.
     """
-    reference = evaluator.start([w.tokens for w in chosen])
-    states: dict[str, State] = {}
+    every = {"": Variant()} | dict(variants)
+    states = {"": evaluator.start([w.tokens for w in chosen])}
     last = len(evaluator.layers) - 1
     for layer in range(last):
-        holds = Holds(evaluator, layer)
-        before, reference = reference, evaluator.run(layer, reference, holds.plain)
-        for name, variant in variants.items():
-            if name in states or variant.stands_in(layer):
-                state = states.get(name, before[: variant.sample])
-                states[name] = evaluator.run(layer, state, holds.of(variant))
+        # Variants that differ from the program as it was begin with its state.
+        given = {
+            n: states.get(n, states[""][: v.sample]) for n, v in every.items() if n in states or v.others_in(layer)
+        }
+        for names in alike(given, every, layer):
+            held = evaluator.hold(layer, every[names[0]].others_in(layer))
+            joined = evaluator.run(layer, [values for name in names for values in given[name]], held)
+            for name in names:
+                states[name], joined = joined[: len(given[name])], joined[len(given[name]) :]
         if report is not None:
             report((layer + 1) / (last + 1))
-    holds = Holds(evaluator, last)
-    scores = {name: Score() for name in ["", *variants]}
-    for k, window in enumerate(chosen):
-        wanted = evaluator.logits(reference[k], holds.plain)
-        scores[""].add(wanted, wanted, window)
-        for name, variant in variants.items():
-            if variant.sample is None or k < variant.sample:
-                same = name not in states and not variant.stands_in(last)
-                values = states[name][k] if name in states else reference[k]
-                logits = wanted if same else evaluator.logits(values, holds.of(variant))
-                scores[name].add(logits, wanted, window)
+    differ = {n: states.get(n, states[""][: v.sample]) for n, v in every.items() if n in states or v.others_in(last)}
+    said = listen(evaluator, chosen, every, differ)
+    scores = {}
+    for name, variant in every.items():
+        scores[name] = Score()
+        for one, wanted in zip(said.get(name, said[""])[: variant.sample], said[""], strict=False):
+            scores[name].add(one, wanted)
     return scores
 
 
-class Holds:
-    """The weights of one part as they are, and as every set of others has them; each is read once."""
+def alike(given: Mapping[str, State], every: Mapping[str, Variant], layer: int) -> list[list[str]]:
+    """The names of `given`, those together whose weights in a part are the same."""
+    groups: dict[int, list[str]] = {}
+    for name in given:
+        own = every[name].others_in(layer)
+        groups.setdefault(id(own) if own else 0, []).append(name)
+    return list(groups.values())
 
-    def __init__(self, evaluator: Evaluator, layer: int):
-        self.evaluator, self.layer = evaluator, layer
-        self.plain = evaluator.hold(layer)
-        self.found: dict[int, Held] = {}
 
-    def of(self, variant: Variant) -> Held:
-        if not variant.stands_in(self.layer):
-            return self.plain
-        key = id(variant.others)
-        if key not in self.found:
-            self.found[key] = self.evaluator.hold(self.layer, variant.others)
-        return self.found[key]
+def listen(
+    evaluator: Evaluator, chosen: Sequence[Window], every: Mapping[str, Variant], states: Mapping[str, State]
+) -> dict[str, list[Said]]:
+    """What variants say of the windows, from their states before the last part.
+
+    A slice of the vocabulary is done for all windows before the next, so that a head is read once.
+    """
+    last = len(evaluator.layers) - 1
+    held: dict[str, Held] = {}
+    for names in alike(states, every, last):
+        held |= dict.fromkeys(names, evaluator.hold(last, every[names[0]].others_in(last)))
+    reads = {name: evaluator.approach(state, held[name]) for name, state in states.items()}
+    said = {name: [Said(window) for window in chosen[: len(read)]] for name, read in reads.items()}
+    for columns in evaluator.slices:
+        for k in range(len(chosen)):
+            wanted = None
+            for name, read in reads.items():
+                if k < len(read):
+                    logits = evaluator.logits(read[k], held[name], columns)
+                    found = said[name][k].add(logits, columns.start or 0, wanted)
+                    wanted = found if name == "" else wanted
+    return said
 
 
 @dataclass(frozen=True)

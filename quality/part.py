@@ -6,7 +6,7 @@ work. So a part becomes a list of steps: a product, or a function of all that ca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -19,16 +19,18 @@ from tvm import relax, tirx
 from llmc.ir.driver import numpy_dtype
 from llmc.ir.ops import attributes_of, callee, op_of
 from llmc.ir.rewrite import Rewriter, bindings, op_name, variables
-from llmc.quality.layers import renamed
+from llmc.quality.layers import nbytes, renamed
 
-__all__ = ["Part", "Pieces", "Product", "Weights"]
+__all__ = ["Part", "Pieces", "Product", "Weights", "inlined", "piece_of", "recognise"]
 
 
 class Weights(Protocol):
     """What products ask for: a weight of the part, by its number among the part's weights."""
 
-    def matrix(self, weight: int, product: Product) -> np.ndarray:
-        """A weight that is multiplied: float32, [o, i] ([i, o] if the product says `turned`), or one a matrix more."""
+    def slices(self, weight: int, product: Product, needed: np.ndarray | None) -> Iterator[tuple[int, np.ndarray]]:
+        """A weight that is multiplied, [o, i] ([i, o] if the product says `turned`), or one a matrix more: slices of
+        its rows in float32, each with the number of its first row. Of many matrices, only those `needed` have to come.
+        """
 
     def rows(self, weight: int, product: Product, ids: np.ndarray) -> np.ndarray:
         """Rows of a weight [v, i], in the product's dtype: [*ids.shape, i]."""
@@ -51,6 +53,7 @@ class Product:
     turned  the weight is stored [i, o], not [o, i]
     stored  dtypes that the weight is cast to before use, one after the other
     dtype   of the result
+    columns of the result: its last axis
     """
 
     kind: str
@@ -60,6 +63,7 @@ class Product:
     turned: bool
     stored: tuple[str, ...]
     dtype: str
+    columns: int
 
 
 @dataclass(frozen=True)
@@ -95,66 +99,110 @@ class Pieces:
         target = tvm.target.Target({"kind": "llvm", "mcpu": cpu, "opt-level": 2})
         return relax.VirtualMachine(tvm.compile(self.module, target), tvm.cpu())
 
+    def call(self, name: str, operands: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """What a piece gives."""
+        return [out.numpy() for out in self.machine[name](*map(tvm.runtime.tensor, operands))]
+
 
 class Part:
-    """A part of a program, ready to run. See layers.Layer for what `module` is.
+    """A part of a program, ready to run.
+
+    module   see layers.Layer, and inlined
+    results  its values that are wanted; default: those that the part writes
 
     steps    in order. Values have numbers: first those that the part takes, then those that it makes; -1 - i is its
              weight i, as it is stored
-    results  the values that the part writes
+    results  the numbers of those that are wanted
+    peak     bytes of the values that one sequence has at a time, at most
     """
 
-    def __init__(self, module: tvm.IRModule, pieces: Pieces):
+    def __init__(self, module: tvm.IRModule, pieces: Pieces, results: Sequence[relax.Var] = ()):
         self.pieces = pieces
-        self.steps, self.results = stage(inlined(module), int(module["main"].attrs["num_input"]), pieces)
+        self.steps, self.results, sizes = stage(module, pieces, results)
         readers: dict[int, int] = {}
         for i, step in enumerate(self.steps):
             readers |= dict.fromkeys(step.reads, i)
         self.last = {v: i for v, i in readers.items() if v not in self.results}
+        self.peak = self.most_alive(sizes)
 
     @property
     def products(self) -> list[Product]:
         return [step for step in self.steps if isinstance(step, Product)]
 
-    def run(self, given: Sequence[np.ndarray], weights: Weights) -> list[np.ndarray]:
-        """The values that the part writes, from those that it reads."""
-        values: dict[int, np.ndarray] = dict(enumerate(given))
+    def most_alive(self, sizes: dict[int, int]) -> int:
+        alive = {v for v in sizes if v >= 0 and not any(v in written(step) for step in self.steps)}
+        most = sum(sizes[v] for v in alive)
         for i, step in enumerate(self.steps):
-            read = [values[r] if r >= 0 else weights.whole(-1 - r) for r in step.reads]
+            alive |= set(written(step))
+            most = max(most, sum(sizes[v] for v in alive))
+            alive -= {v for v in alive if self.last.get(v, i + 1) <= i}
+        return most
+
+    def run(self, given: Sequence[Sequence[np.ndarray]], weights: Weights) -> list[list[np.ndarray]]:
+        """The values that the part writes, from those that it reads, sequence by sequence.
+
+        All sequences take a step before any takes the next: a slice of a weight is read once for all of them.
+        """
+        values: list[dict[int, np.ndarray]] = [dict(enumerate(own)) for own in given]
+        for i, step in enumerate(self.steps):
+            read = [[own[r] if r >= 0 else weights.whole(-1 - r) for r in step.reads] for own in values]
             if isinstance(step, Product):
-                values[step.write] = multiply(step, read, weights)
+                for own, found in zip(values, multiply(step, read, weights), strict=True):
+                    own[step.write] = found
             else:
-                out = self.pieces.machine[step.piece](*map(tvm.runtime.tensor, read))
-                values |= {w: out[k].numpy() for k, w in enumerate(step.writes)}
-            for number in step.reads:
-                if self.last.get(number) == i:
-                    values.pop(number, None)
-        return [values[v] for v in self.results]
+                for own, operands in zip(values, read, strict=True):
+                    own |= dict(zip(step.writes, self.pieces.call(step.piece, operands), strict=True))
+            for own in values:
+                for number in step.reads:
+                    if self.last.get(number) == i:
+                        own.pop(number, None)
+        return [[own[v] if v >= 0 else weights.whole(-1 - v) for v in self.results] for own in values]
 
 
-def multiply(product: Product, operands: list[np.ndarray], weights: Weights) -> np.ndarray:
-    """What a product gives. Sums are in float32, rounded once to its dtype."""
+def written(step: Product | Plain) -> tuple[int, ...]:
+    return (step.write,) if isinstance(step, Product) else step.writes
+
+
+def multiply(product: Product, operands: list[list[np.ndarray]], weights: Weights) -> list[np.ndarray]:
+    """What a product gives, for the operands of each sequence. Sums are in float32, rounded once to its dtype."""
     if product.kind == "rows":
-        return weights.rows(product.weight, product, operands[0])
+        return [weights.rows(product.weight, product, ids) for (ids,) in operands]
     if product.kind == "matmul":
-        out = np.matmul(*(np.asarray(x, np.float32) for x in operands))
-    elif product.kind == "linear":
-        (x,) = operands
-        flat = np.ascontiguousarray(x.reshape(-1, x.shape[-1]), np.float32)
-        flat = weights.see(product.weight, product, flat, None)
-        w = weights.matrix(product.weight, product)
-        out = (flat @ (w if product.turned else w.T)).reshape(*x.shape[:-1], -1)
+        found = [np.matmul(*(np.asarray(x, np.float32) for x in both)) for both in operands]
     else:
-        x, ids, *bias = operands
-        x = weights.see(product.weight, product, np.ascontiguousarray(x, np.float32), ids)
-        w = weights.matrix(product.weight, product)
-        out = np.empty((len(x), w.shape[2 if product.turned else 1]), np.float32)
-        for expert in np.unique(ids):
-            chosen = ids == expert
-            out[chosen] = x[chosen] @ (w[expert] if product.turned else w[expert].T)
-            if bias:
-                out[chosen] += np.asarray(bias[0][expert], np.float32)
-    return out.astype(numpy_dtype(product.dtype), copy=False)
+        found = (linear if product.kind == "linear" else experts)(product, operands, weights)
+    return [out.astype(numpy_dtype(product.dtype), copy=False) for out in found]
+
+
+def linear(product: Product, operands: list[list[np.ndarray]], weights: Weights) -> list[np.ndarray]:
+    """x · wᵀ for every x, a slice of w at a time."""
+    xs = [np.ascontiguousarray(x.reshape(-1, x.shape[-1]), np.float32) for (x,) in operands]
+    xs = [weights.see(product.weight, product, x, None) for x in xs]
+    found = [np.zeros((len(x), product.columns), np.float32) for x in xs]
+    for start, w in weights.slices(product.weight, product, None):
+        rows = slice(start, start + len(w))
+        for x, out in zip(xs, found, strict=True):
+            if product.turned:
+                out += x[:, rows] @ w
+            else:
+                np.matmul(x, w.T, out=out[:, rows])
+    return [out.reshape(*x.shape[:-1], -1) for out, (x,) in zip(found, operands, strict=True)]
+
+
+def experts(product: Product, operands: list[list[np.ndarray]], weights: Weights) -> list[np.ndarray]:
+    """The product of every row of x with the matrix of its expert, a few experts at a time."""
+    xs = [np.ascontiguousarray(x, np.float32) for x, *_ in operands]
+    xs = [weights.see(product.weight, product, x, own[1]) for x, own in zip(xs, operands, strict=True)]
+    found = [np.empty((len(x), product.columns), np.float32) for x in xs]
+    needed = np.unique(np.concatenate([own[1] for own in operands]))
+    for start, w in weights.slices(product.weight, product, needed):
+        for x, (_, ids, *bias), out in zip(xs, operands, found, strict=True):
+            for expert in np.unique(ids[(ids >= start) & (ids < start + len(w))]):
+                chosen = ids == expert
+                out[chosen] = x[chosen] @ (w[expert - start] if product.turned else w[expert - start].T)
+                if bias:
+                    out[chosen] += np.asarray(bias[0][expert], np.float32)
+    return found
 
 
 def inlined(module: tvm.IRModule) -> tvm.IRModule:
@@ -182,17 +230,20 @@ class Inliner(Rewriter):
         return self.get(function.body.body)
 
 
-def stage(module: tvm.IRModule, inputs: int, pieces: Pieces) -> tuple[list[Product | Plain], tuple[int, ...]]:
-    """Steps of a part, and the values that it returns.
+def stage(
+    module: tvm.IRModule, pieces: Pieces, results: Sequence[relax.Var] = ()
+) -> tuple[list[Product | Plain], tuple[int, ...], dict[int, int]]:
+    """Steps of a part, the values that it returns, and what each value takes in bytes.
 
     Products come as early as what they read allows, all else as late as its readers do.
     """
     function = module["main"]
+    inputs = int(function.attrs["num_input"])
     params = list(function.params)
     weights = {v: i for i, v in enumerate(params[inputs:])}
     bound = {b.var: b.value for b in bindings(function)}
     heavy = {v: p for v, value in bound.items() if (p := recognise(module, v, value, bound, weights)) is not None}
-    results = list(bound[function.body.body].fields)
+    results = list(results or bound[function.body.body].fields)
     used = needed(results, bound, heavy)
     bound = {v: value for v, value in bound.items() if v in used and not isinstance(value, relax.Tuple)}
     when = timing(bound, heavy, results)
@@ -209,8 +260,9 @@ def stage(module: tvm.IRModule, inputs: int, pieces: Pieces) -> tuple[list[Produ
         for var, (kind, operands, weight, turned, casts) in heavy.items():
             if var in bound and when[var] == time:
                 read = numbered(operands, numbers)
-                steps.append(Product(kind, read, numbers[var], weight, turned, casts, str(var.ty.dtype)))
-    return steps, numbered(results, numbers)
+                columns = int(var.ty.shape.values[-1])
+                steps.append(Product(kind, read, numbers[var], weight, turned, casts, str(var.ty.dtype), columns))
+    return steps, numbered(results, numbers), {number: nbytes(v.ty) for v, number in numbers.items() if number >= 0}
 
 
 def numbered(values: Sequence, numbers: dict) -> tuple[int, ...]:
@@ -288,10 +340,10 @@ def timing(bound: dict, heavy: dict, results: list) -> dict:
     return when
 
 
-def piece_of(taken: list, own: list, writes: list, bound: dict) -> relax.Function:
-    """A function from `taken` to the tuple of `writes`, which computes `own`."""
+def piece_of(taken: list, own: list, writes: list, bound: dict, types: Mapping | None = None) -> relax.Function:
+    """A function from `taken` to the tuple of `writes`, which computes `own`; of other types, if they are given."""
     builder = relax.BlockBuilder()
-    new: dict = {v: relax.Var(f"p{i}", v.ty) for i, v in enumerate(taken)}
+    new: dict = {v: relax.Var(f"p{i}", types[v] if types else v.ty) for i, v in enumerate(taken)}
     with builder.function("piece", [new[v] for v in taken]):
         with builder.dataflow():
             for var in own:

@@ -34,7 +34,7 @@ def test_quality_is_that_of_the_artifact(text, tmp_path):
         progress=lambda stage, share: done.append(stage),
     )
     assert {"calibrating", "measuring quality"} <= set(done)
-    assert not list(path.glob("calibrated-*"))
+    assert not (path / "encoded").exists()
     with llmc.load(path) as model:
         facts = model.info.model["quality"]
         chosen = windows(model.tokenizer.encode(text.read_text(), add_special_tokens=False), 64)
@@ -114,27 +114,6 @@ def test_a_budget_becomes_a_plan(tmp_path, text):
         assert weights[f"{name}:scales"].shape[1] == scheme.format(weights[name].shape[1]).groups(
             weights[name].shape[1]
         )
-
-
-def test_what_is_measured_is_begun_anew():
-    """Weights half packed by one measurement and half by another would not belong together."""
-    from llmc.compiler import Request, _inputs_digest
-
-    imported = SimpleNamespace(origin=[])
-
-    def digests(**given):
-        asked = Request("x", (), None, None, False, None, **given)
-        return {_inputs_digest(asked, imported) for _ in range(2)}
-
-    assert len(digests(quantize="int4")) == 1
-    assert len(digests(quantize="auto:4.5")) == len(digests(quantize="int4", calibrate="x.txt")) == 2
-
-
-def test_what_a_killed_compilation_left_is_removed(tmp_path):
-    (tmp_path / "calibrated-old").mkdir()
-    (tmp_path / "calibrated-old" / "w:codes").write_bytes(b"0")
-    refine(tmp_path, door("int8", files=False))
-    assert not list(tmp_path.iterdir())
 
 
 def test_budgets_that_cannot_be_are_refused(tmp_path):

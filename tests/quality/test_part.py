@@ -9,7 +9,7 @@ from llmc.ir import ops
 from llmc.ir.evaluate import evaluate
 from llmc.quality.evaluator import Evaluator
 from llmc.quality.layers import cut_layers
-from llmc.quality.part import Part, Pieces
+from llmc.quality.part import Part, Pieces, inlined
 from tests.decoders import Decoder
 
 
@@ -53,7 +53,7 @@ def test_parts_compute_what_the_program_says(name):
 
 def test_products_of_a_layer_are_products():
     _, layer, *_ = cut_layers(Decoder(layers=2).module, 5)
-    part = Part(layer.module, Pieces())
+    part = Part(inlined(layer.module), Pieces())
     kinds = [p.kind for p in part.products]
     assert kinds.count("linear") == 7 and kinds.count("matmul") == 2
     named = [layer.weights[p.weight].split(".")[-2] for p in part.products if p.kind == "linear"]
