@@ -48,6 +48,8 @@ class GpuTarget:
     shared_bytes: shared memory a block may declare; shared_dynamic_bytes: what a kernel may ask for at its launch.
     matrix_unit: None | "mma" (mma.sync, m16n8k16) | "mfma" (CDNA, 64 lanes) | "wmma" (RDNA 3) | "wmma12" (RDNA 4, other
     lane layout) | "simdgroup" (Apple, 8x8x8). dtypes: operands that it multiplies with float32 sums.
+    int8_run: adjacent 8-bit integers of a row that a lane hands, of either operand, to one instruction of the matrix
+    unit with 32-bit integer sums; 0: it has none.
     native_bf16: the language has a bfloat16 type. async_copy: global to shared memory without registers (cp.async).
     multiprocessors: of the card that bandwidth (bytes/s) and peak (multiply-adds counted as two, float16 operands with
     float32 sums, dense, FLOP/s) belong to. Of each multiprocessor: registers (32 bits a thread's), shared memory in
@@ -82,6 +84,7 @@ class GpuTarget:
     mattr: tuple[str, ...] = ()
     most_tensors: int = 500
     keys_token_last: bool = False
+    int8_run: int = 0
 
     @property
     def language(self) -> str:

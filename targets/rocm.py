@@ -17,12 +17,13 @@ HOSTS = ("linux-x86_64", "linux-aarch64")
 NODES = Path("/sys/class/kfd/kfd/topology/nodes")
 
 
-def _cdna(card: str, multiprocessors: int, gb: float, tflops: float) -> dict:
+def _cdna(card: str, int8_run: int, multiprocessors: int, gb: float, tflops: float) -> dict:
     """Four SIMDs a compute unit: 512 registers of 64 lanes each, 8 waves."""
     return dict(
         card=card,
         warp=64,
         matrix_unit="mfma",
+        int8_run=int8_run,
         multiprocessors=multiprocessors,
         registers=4 * 512 * 64,
         registers_per_thread=512,
@@ -32,12 +33,13 @@ def _cdna(card: str, multiprocessors: int, gb: float, tflops: float) -> dict:
     )
 
 
-def _rdna(card: str, matrix_unit: str, multiprocessors: int, gb: float, tflops: float) -> dict:
+def _rdna(card: str, matrix_unit: str, int8_run: int, multiprocessors: int, gb: float, tflops: float) -> dict:
     """Two SIMDs a compute unit: 1536 registers of 32 lanes each, 16 waves."""
     return dict(
         card=card,
         warp=32,
         matrix_unit=matrix_unit,
+        int8_run=int8_run,
         multiprocessors=multiprocessors,
         registers=2 * 1536 * 32,
         registers_per_thread=256,
@@ -50,10 +52,10 @@ def _rdna(card: str, matrix_unit: str, multiprocessors: int, gb: float, tflops: 
 
 
 ARCHITECTURES = {
-    "gfx90a": _cdna("MI250X, one of its two dies", 110, 1638, 191.5),  # MI250X data sheet, halved
-    "gfx942": _cdna("MI300X", 304, 5300, 1307.4),  # MI300X data sheet
-    "gfx1100": _rdna("RX 7900 XTX", "wmma", 96, 960, 122.8),  # product page
-    "gfx1201": _rdna("RX 9070 XT", "wmma12", 64, 640, 194.6),  # product page
+    "gfx90a": _cdna("MI250X, one of its two dies", 4, 110, 1638, 191.5),  # MI250X data sheet, halved
+    "gfx942": _cdna("MI300X", 8, 304, 5300, 1307.4),  # MI300X data sheet
+    "gfx1100": _rdna("RX 7900 XTX", "wmma", 16, 96, 960, 122.8),  # product page
+    "gfx1201": _rdna("RX 9070 XT", "wmma12", 8, 64, 640, 194.6),  # product page
 }
 
 

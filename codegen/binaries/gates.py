@@ -24,7 +24,7 @@ from .msgpack import unpack
 AMD_METADATA = 32  # type of the note: NT_AMDGPU_METADATA
 # Multiplications on the matrix units, and loads of 16 bytes from the device's memory, as each language spells them.
 MATRIX = {
-    "cuda": re.compile(r"\b(?:HMMA|HGMMA|QMMA|UTCHMMA)\b"),
+    "cuda": re.compile(r"\b(?:HMMA|HGMMA|IMMA|QMMA|UTCHMMA)\b"),
     "amdgpu": re.compile(r"\bv_(?:mfma|wmma|smfmac)_\w+"),
     "msl": re.compile(r"\bsimdgroup_multiply_accumulate\("),
 }

@@ -18,12 +18,13 @@ from llmc.targets.gpu import GpuTarget
 
 from ..epilogue import Epilogue
 from . import gemm, gemv, simt
+from .code_units import code_unit
 from .machine import INVARIANT, Machine, choose, i64, kernel, loop, when
 from .matmul import Cases, allowed
 from .matrix_units import MatrixUnit, matrix_unit
 from .memory import Memory
 from .product import Operands, Product, RowMap
-from .round_rows import round_rows
+from .round_rows import round_codes, round_rows
 
 FEW = 8  # rows that are never sorted
 SORTERS = 256  # threads of a block that sorts
@@ -54,7 +55,8 @@ def expert_linear(
       y [s, columns_out] out.
     Dtypes, epilogue, columns_out, rounded and batch_invariant as in `matmul`. s may be 0.
     """
-    product = Product(target, columns, depth, weight, activation, out or activation, epilogue or Epilogue(), experts)
+    out, epilogue = out or activation, epilogue or Epilogue()
+    product = Product(target, columns, depth, weight, activation, out, epilogue, experts, rounded)
 
     def body(symbols: dict, *arguments: Any) -> None:
         n, machine = symbols["n"], Machine(target)
@@ -64,8 +66,7 @@ def expert_linear(
         picked = Memory(inputs[1 + len(product.weight_tensors())])
 
         with when(n > 0):
-            of = operands if rounded is None else round_rows(operands, n, rounded)
-            launches(of, picked, n, invariant)
+            launches(operands, picked, n, invariant)
 
     *inputs, y = product.params(ids)
     return kernel(name, [*inputs, *([INVARIANT] if batch_invariant is None else []), y], body)
@@ -77,13 +78,35 @@ def launches(operands: Operands, picked: Memory, n: Any, invariant: Any) -> None
     picked: experts of rows. invariant: as of matmul.launches.
     """
     product, machine = operands.product, operands.machine
-    target, columns, experts = product.target, product.columns, product.experts or 1
+    unit = code_unit(machine, product)
+    some = n <= max(FEW, product.experts or 1)
+    if unit is None:
+        operands = round_rows(operands, n)
+        cases, otherwise = many_rows(operands, picked, matrix_unit(machine, product), n)
+        cases = [(some, lambda: alone(operands, picked, n)), *cases]
+        return choose(allowed(cases, len(cases), invariant), otherwise)
 
-    def alone() -> None:
-        made = gemv.plan(product, 1)
-        with machine.launch([n, made.columns(product).tiles], gemv.WARPS * target.warp) as (row, column_tile):
-            lead = T.bind(i64(picked.elements[i64(row)]) * columns)
-            gemv.tile(operands, RowMap(T.int64(1), lambda r: i64(row) + r, lead), made, column_tile)
+    def many() -> None:
+        cases, otherwise = many_rows(round_codes(operands, n), picked, unit, n)
+        choose(allowed(cases, len(cases), invariant), otherwise)
+
+    few: Cases = [(some, lambda: alone(round_rows(operands, n), picked, n))]
+    return choose(allowed(few, 1, invariant), many)
+
+
+def alone(operands: Operands, picked: Memory, n: Any) -> None:
+    """Launch a matrix-vector kernel for every row."""
+    product, machine = operands.product, operands.machine
+    made = gemv.plan(product, 1)
+    with machine.launch([n, made.columns(product).tiles], gemv.WARPS * product.target.warp) as (row, column_tile):
+        lead = T.bind(i64(picked.elements[i64(row)]) * product.columns)
+        gemv.tile(operands, RowMap(T.int64(1), lambda r: i64(row) + r, lead), made, column_tile)
+
+
+def many_rows(operands: Operands, picked: Memory, unit: MatrixUnit | None, n: Any) -> tuple[Cases, Callable[[], None]]:
+    """Tiled kernels over sorted rows: the cases, each of which sums in an order of its own, and what else is taken."""
+    product, machine = operands.product, operands.machine
+    columns, experts = product.columns, product.experts or 1
 
     def together(height: int, threads: int, tiles: int, emit: Callable[[RowMap, Any], None]) -> Callable[[], None]:
         def launch() -> None:
@@ -100,22 +123,19 @@ def launches(operands: Operands, picked: Memory, n: Any, invariant: Any) -> None
 
         return launch
 
-    def on_unit(unit: MatrixUnit, tiling: gemm.Tiling) -> Callable[[], None]:
+    if unit is None:
+        tiles = simt.column_map(product).tiles
+        return [], together(simt.SIDE, simt.THREADS, tiles, lambda rows, tile: simt.tile(operands, rows, tile))
+
+    def on_unit(tiling: gemm.Tiling) -> Callable[[], None]:
         def emit(rows: RowMap, column_tile: Any) -> None:
             gemm.tile(operands, unit, rows, tiling, column_tile)
 
-        return together(tiling.rows, tiling.warps * target.warp, tiling.column_map(product, unit).tiles, emit)
+        tiles = tiling.column_map(product, unit).tiles
+        return together(tiling.rows, tiling.warps * product.target.warp, tiles, emit)
 
-    unit = matrix_unit(machine, product)
-    cases: Cases = [(n <= max(FEW, experts), alone)]
-    if unit is None:
-        many = together(simt.SIDE, simt.THREADS, simt.column_map(product).tiles,
-                        lambda rows, column_tile: simt.tile(operands, rows, column_tile))  # fmt: skip
-    else:
-        short, middle, _ = gemm.tilings(target, product.weight)
-        cases.append((n <= 2 * short.rows * experts, on_unit(unit, short)))
-        many = on_unit(unit, middle)
-    choose(allowed(cases, len(cases), invariant), many)
+    short, middle, _ = gemm.tilings(product, unit)
+    return [(n <= 2 * short.rows * experts, on_unit(short))], on_unit(middle)
 
 
 def sort(m: Machine, ids: Memory, n: Any, expert: Any, height: int, order: Memory, plan: Memory) -> None:

@@ -8,18 +8,19 @@ some that are, and not stored; depths that are not there are zeros.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tvm.tirx.script import builder as T
 
 from llmc.ir.quantized import Format
-from llmc.targets.gpu import GpuTarget
 
-from .gemm_sides import CodeSide, FloatSide, Side, raw_bytes
+from .code_units import CodeUnit
+from .gemm_codes import ByteSide, ScaleSide, Scaling, period_of
+from .gemm_sides import CodeSide, RowSide, Side, raw_bytes
 from .machine import Machine, i64, when
-from .matrix_units import CHUNK, MatrixUnit
+from .matrix_units import MatrixUnit
 from .memory import Memory
 from .product import ColumnMap, Operands, Product, RowMap
 from .quantized_layout import Layout
@@ -46,53 +47,67 @@ class Tiling:
     def warps(self) -> int:
         return self.down * self.across * self.parts
 
-    def stages(self, product: Product, threads: int) -> int:
+    def stages(self, product: Product, unit: MatrixUnit, threads: int) -> int:
         """Steps that are in shared memory or on their way there."""
         if not product.target.async_copy:
             return 1
-        if not isinstance(product.weight, Format):
-            return STAGES
-        layout = Layout(product.weight, product.depth, product.target.name)
-        stage = self.rows * self.depth * 2 + raw_bytes(layout, self.columns, self.depth, threads)
-        pieces = 2 * self.columns * self.depth * 2 + TABLE_BYTES
-        return max(2, min(STAGES + 1, (product.target.shared_bytes - pieces) // stage))
+        row = self.depth * 16 // unit.chunk  # bytes of a piece's row
+        room, stage = product.target.shared_bytes, self.rows * row
+        if isinstance(unit, CodeUnit):
+            period = period_of(product, self.depth // self.parts)
+            room -= 2 * (self.rows + self.columns) * (self.depth // period) * 4 if period else 0
+        if not decoded(product, unit):
+            return max(2, min(STAGES, room // (stage + self.columns * row)))
+        layout = Layout(product.weight, product.depth, product.target.name)  # type: ignore[arg-type]  # it has a format
+        stage += raw_bytes(layout, unit.chunk, self.columns, self.depth, threads, isinstance(unit, CodeUnit))
+        return max(2, min(STAGES + 1, (room - 2 * self.columns * row - TABLE_BYTES) // stage))
 
     def column_map(self, product: Product, unit: MatrixUnit) -> ColumnMap:
         """The columns of a block."""
         return ColumnMap(product.columns, self.columns, unit.columns, product.gated)
 
 
-def tilings(target: GpuTarget, weight: str | Format) -> tuple[Tiling, Tiling, Tiling]:
+def decoded(product: Product, unit: MatrixUnit) -> bool:
+    """Whether a weight's codes become something else before they are put into a piece."""
+    weight = product.weight
+    return isinstance(weight, Format) and not (isinstance(unit, CodeUnit) and weight.bits == 8)
+
+
+def tilings(product: Product, unit: MatrixUnit) -> tuple[Tiling, Tiling, Tiling]:
     """For few rows; for some; for many. The last two take every sum in the same order, the first in another."""
+    target = product.target
     if target.matrix_unit == "simdgroup":
         return Tiling(16, 64, 32, 1, 4), Tiling(32, 64, 32, 2, 2), Tiling(64, 64, 32, 2, 2)
+    step = 4 * unit.chunk  # 64 bytes
     # 8 warps of 32 lanes where the sums of 4 would take more registers than leave a second block room.
-    across = 4 if target.matrix_unit in ("wmma", "wmma12") else 2
-    short = Tiling(16, 64, 64, 1, 2, 2)
-    if isinstance(weight, Format) and target.async_copy:
-        short = Tiling(16, 32, 128, 1, 1, 4)  # as many bytes of fewer bits: longer rows of them, and more blocks
-    return short, Tiling(64, 64, 32, 2, 2), Tiling(128, 128, 32, 2, across)
+    across = 4 if target.warp == 32 and (target.matrix_unit != "mma" or isinstance(unit, CodeUnit)) else 2
+    short = Tiling(16, 64, 2 * step, 1, 2, 2)
+    if decoded(product, unit) and target.async_copy:
+        short = Tiling(16, 32, 4 * step, 1, 1, 4)  # as many bytes of fewer bits: longer rows of them, and more blocks
+    return short, Tiling(64, 64, step, 2, 2), Tiling(128, 128, step, 2, across)
 
 
 def tile(operands: Operands, unit: MatrixUnit, rows: RowMap, tiling: Tiling, column_tile: Any) -> None:
     """Emit a block of tiling.warps warps: the rows of `rows`, the columns of tiling.column_map number column_tile."""
     product, m, columns = operands.product, operands.machine, tiling.column_map(operands.product, unit)
-    chunks = tiling.depth // CHUNK
+    chunks = tiling.depth // unit.chunk
     pitch = chunks * unit.spacing  # from row to row of a piece
-    stages = tiling.stages(product, m.threads)
+    stages = tiling.stages(product, unit, m.threads)
+    coded = unit if isinstance(unit, CodeUnit) else None
 
     def weight_row(local: Any) -> Any:
         return rows.weight_row(columns.weight_row(column_tile, local))
 
-    def floats(source: Memory, size: int, base: Callable[[Any], Any]) -> Side:
-        return FloatSide(m, unit, source, size, tiling.depth, stages, product.depth, base)
+    def plain(source: Memory, size: int, depth: int, row: Callable[[Any], Any]) -> Side:
+        return RowSide(m, unit, source, size, tiling.depth, stages, depth, lambda r: row(r) * depth)
 
-    x = floats(operands.x, tiling.rows, lambda r: rows.source(r) * product.depth)
-    if isinstance(product.weight, Format):
-        layout = Layout(product.weight, product.depth)
-        w: Side = CodeSide(m, unit, layout, operands.w, tiling.columns, tiling.depth, stages, weight_row)
+    x = plain(operands.x, tiling.rows, product.weight_depth if coded else product.depth, rows.source)
+    if decoded(product, unit):
+        layout = Layout(product.weight, product.depth)  # type: ignore[arg-type]  # it has a format
+        kind = ByteSide if coded else CodeSide
+        w: Side = kind(m, unit, layout, operands.w, tiling.columns, tiling.depth, stages, weight_row)
     else:
-        w = floats(operands.w[0], tiling.columns, lambda r: weight_row(r) * product.weight_depth)
+        w = plain(operands.w[0], tiling.columns, product.weight_depth, weight_row)
 
     # Multiplying: a warp has down_fragments by across_fragments, over one of the parts of every step.
     down_fragments = tiling.rows // tiling.down // unit.rows
@@ -101,29 +116,52 @@ def tile(operands: Operands, unit: MatrixUnit, rows: RowMap, tiling: Tiling, col
     across = T.floormod(T.floordiv(m.warp_number, tiling.parts), tiling.across)
     row = T.bind(T.floordiv(m.warp_number, tiling.parts * tiling.across) * (down_fragments * unit.rows))
     column = T.bind(across * (across_fragments * unit.columns))
-    sums = unit.sums(down_fragments * across_fragments)
-    strides = [part + i * tiling.parts for i in range(tiling.depth // unit.stride // tiling.parts)]
+    scaling = scaling_of(operands, coded, rows, weight_row, tiling, stages, row, column) if coded else None
+    sums = unit.sums(down_fragments * across_fragments, coded.sum_dtype if coded and not scaling else "float32")
+    strides = tiling.depth // unit.stride // tiling.parts
     addresses = [
-        (unit.addresses(row, chunks, s, of_x=True), unit.addresses(column, chunks, s, of_x=False)) for s in strides
+        (unit.addresses(row, chunks, s, of_x=True), unit.addresses(column, chunks, s, of_x=False))
+        for s in (part * strides + i for i in range(strides))
     ]
 
-    def read(of: Side, base: Any, at: list[Any], fragments: int, height: int, of_x: bool) -> list[Any]:
-        return [unit.read(of.piece, [base + a + i * height * pitch for a in at], of_x=of_x) for i in range(fragments)]
+    def read_x(base: Any, at: list[Any], i: int) -> Any:
+        return unit.read(x.piece, [base + a + i * unit.rows * pitch for a in at], of_x=True)
+
+    def read_w(base: Any, at: list[Any], j: int) -> Any:
+        return unit.read(w.piece, [base + a + j * unit.columns * pitch for a in at], of_x=False)
 
     def multiply(step: Any, stage: Any) -> None:
         x_begin, w_begin = x.begin(step, stage), w.begin(step, stage)
-        for of_x, of_w in addresses:
-            a = read(x, x_begin, of_x, down_fragments, unit.rows, True)
-            b = read(w, w_begin, of_w, across_fragments, unit.columns, False)
+
+        def of_x(i: int, s: int) -> Any:
+            return unit.read(x.piece, [x_begin + a + i * unit.rows * pitch for a in addresses[s][0]], of_x=True)
+
+        def of_w(j: int, s: int) -> Any:
+            return unit.read(w.piece, [w_begin + a + j * unit.columns * pitch for a in addresses[s][1]], of_x=False)
+
+        if scaling:
+            return scaling.multiply(sums, step, part, strides, of_x, of_w, down_fragments, across_fragments)
+        for s in range(strides):
+            a = [of_x(i, s) for i in range(down_fragments)]
+            b = [of_w(j, s) for j in range(across_fragments)]
             for i in range(down_fragments):
                 for j in range(across_fragments):
                     unit.multiply(sums, i * across_fragments + j, a[i], b[j])
+        return None
 
     count = -(-product.depth // tiling.depth)
+    sides = (x, w, *(scaling.sides() if scaling else ()))
     if product.target.async_copy:
-        asynchronous(m, (x, w), multiply, count, stages)
+        asynchronous(m, sides, multiply, count, stages)
     else:
-        through_registers(m, (x, w), multiply, count)
+        through_registers(m, sides, multiply, count)
+
+    def numbers(run: Sequence[Any], y_row: Any) -> list[Any]:
+        """Sums as float32, with the scales of rows of x."""
+        if coded is None or operands.x_scales is None or product.rounded:
+            return list(run)
+        scale = T.bind(operands.x_scales.elements[y_row])
+        return [T.bind((value if scaling else coded.whole(value)) * scale) for value in run]
 
     def finish() -> None:
         for i in range(down_fragments):
@@ -132,10 +170,11 @@ def tile(operands: Operands, unit: MatrixUnit, rows: RowMap, tiling: Tiling, col
                 local = T.bind(i64(row + i * unit.rows + at))
                 with when(local < rows.count):
                     y_row = T.bind(rows.row(local))
+                    found = [numbers(run, y_row) for run in runs]
                     for j in range(0, across_fragments, 2 if product.gated else 1):
                         y_column = T.bind(columns.out_column(column_tile, column + j * unit.columns + offset))
-                        partners = runs[j + 1] if product.gated else ()
-                        operands.finish(y_row, y_column, runs[j], partners, rows.lead)
+                        partners = found[j + 1] if product.gated else ()
+                        operands.finish(y_row, y_column, found[j], partners, rows.lead)
 
     if tiling.parts > 1:
         add_parts(m, sums, part, tiling.parts, w.piece)
@@ -143,6 +182,36 @@ def tile(operands: Operands, unit: MatrixUnit, rows: RowMap, tiling: Tiling, col
             finish()
     else:
         finish()
+
+
+def scaling_of(
+    operands: Operands,
+    unit: CodeUnit,
+    rows: RowMap,
+    weight_row: Callable[[Any], Any],
+    tiling: Tiling,
+    stages: int,
+    row: Any,
+    column: Any,
+) -> Scaling | None:
+    """The scales of groups, where codes have any."""
+    product, m, x_scales = operands.product, operands.machine, operands.x_scales
+    period = period_of(product, tiling.depth // tiling.parts)
+    if not period or x_scales is None:
+        return None
+
+    def side(size: int, group: int, groups: int, row_of: Callable[[Any], Any], scale: Callable[[Any], Any]) -> Any:
+        def scale_of(local: Any, number: Any) -> Any:
+            return scale(T.bind(row_of(local) * groups + number))
+
+        return ScaleSide(m, size, tiling.depth, period, stages, group, groups, scale_of) if group else None
+
+    layout = Layout(product.weight, product.depth)  # type: ignore[arg-type]  # it has a format
+    x_group = product.rounded or 0
+    x_groups = product.depth // (x_group or product.depth)
+    x = side(tiling.rows, x_group, x_groups, rows.source, lambda at: x_scales.elements[at])
+    w = side(tiling.columns, layout.format.group, layout.groups, weight_row, operands.weight.row_scale)
+    return Scaling(unit, period, x, w, row, column)
 
 
 def add_parts(m: Machine, sums: Any, part: Any, parts: int, words: Any) -> None:
@@ -164,7 +233,7 @@ def add_parts(m: Machine, sums: Any, part: Any, parts: int, words: Any) -> None:
     with when(part == 0):
         for other in range(1, parts):
             for i in range(len(sums)):
-                sums[i] = sums[i] + T.reinterpret("float32", words[at(other, i)])
+                sums[i] = sums[i] + T.reinterpret(sums.dtype, words[at(other, i)])
 
 
 def through_registers(m: Machine, sides: tuple[Side, ...], multiply: Callable[[Any, Any], None], count: int) -> None:

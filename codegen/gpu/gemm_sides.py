@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from tvm.tirx.script import builder as T
 
 from .machine import Machine, Registers, i64, when
-from .matrix_units import CHUNK, MatrixUnit, ptx
+from .matrix_units import MatrixUnit, ptx
 from .memory import Memory
 from .quantized_layout import Layout
 from .quantized_rows import QuantizedRows, words_of_run
@@ -46,8 +46,8 @@ class Side(Protocol):
         """What this thread copied of a step has come: make it the step's piece, if it is not yet."""
 
 
-class FloatSide:
-    """Rows of floats: a thread brings one chunk of every `apart`-th row.
+class RowSide:
+    """Rows that are copied as they stand: a thread brings one chunk of every `apart`-th row.
 
     size: rows of a piece; step: its depth; stages: pieces; depth: of the product. base(row): the first element of a
     piece's row in memory.
@@ -65,7 +65,7 @@ class FloatSide:
         base: Callable[[Any], Any],
     ):
         self.unit, self.source, self.step, self.depth = unit, source, step, depth
-        chunks = step // CHUNK
+        chunks = step // unit.chunk
         apart = m.threads // chunks
         first, self.chunk = T.bind(T.floordiv(m.thread, chunks)), T.bind(T.floormod(m.thread, chunks))
         # Where a chunk's row begins in memory, where the chunk stands in a piece, whether it is there (None: it is).
@@ -84,7 +84,7 @@ class FloatSide:
 
     def column(self, step: Any) -> Any:
         """int64: the depth of this thread's chunk."""
-        return T.bind(i64(step * self.step + self.chunk * CHUNK))
+        return T.bind(i64(step * self.step + self.chunk * self.unit.chunk))
 
     def hold(self) -> None:
         self.held = [self.unit.hold() for _ in self.places]
@@ -107,16 +107,16 @@ class FloatSide:
                 self.unit.put(register, self.piece, at)
 
     def copy(self, step: Any, stage: Any) -> None:
-        k, words = self.column(step), self.source.words
+        k, words, chunk = self.column(step), self.source.words, self.unit.chunk
         size = T.Select(k < self.depth, T.uint32(16), T.uint32(0))  # bytes; the rest of 16 become zeros
         for base, at, present in self.places:
             to = self.piece.ptr_to([stage * self.size + at])
             with there(present):
                 if self.depth % self.step:
-                    k_there = T.min(k, T.int64(self.depth - CHUNK))
-                    ptx(COPY[16], to, words.ptr_to([T.floordiv(base + k_there, 2)]), 16, size)
+                    k_there = T.min(k, T.int64(self.depth - chunk))
+                    ptx(COPY[16], to, words.ptr_to([T.floordiv(base + k_there, chunk // 4)]), 16, size)
                 else:
-                    ptx(COPY[16], to, words.ptr_to([T.floordiv(base + k, 2)]), 16)
+                    ptx(COPY[16], to, words.ptr_to([T.floordiv(base + k, chunk // 4)]), 16)
 
     def land(self, step: Any, stage: Any) -> None:
         pass
@@ -125,8 +125,10 @@ class FloatSide:
 class CodeSide:
     """Rows of codes: a thread brings one run of every `apart`-th row. row(local): int64, a piece's row among all.
 
-    Past the depth it reads what is there: it meets zeros of x.
+    Past the depth it reads what is there: it meets zeros of x. codes_only: scales of groups do not come along.
     """
+
+    codes_only = False
 
     def __init__(
         self,
@@ -140,11 +142,11 @@ class CodeSide:
         row: Callable[[Any], Any],
     ):
         self.m, self.unit, self.step, self.layout, self.stages = m, unit, step, layout, stages
-        run = run_of(layout, size, step, m.threads)
-        self.rows = QuantizedRows(m, layout, memories, run)
+        run = run_of(layout, unit.chunk, size, step, m.threads)
+        self.rows = QuantizedRows(m, layout, memories, run, self.codes_only)
         if self.rows.table:
             self.rows.prepare(m.shared(self.rows.table))
-        runs, self.chunks = step // run, step // CHUNK
+        runs, self.chunks = step // run, step // unit.chunk
         apart = m.threads // runs
         first, self.number = T.bind(T.floordiv(m.thread, runs)), T.bind(T.floormod(m.thread, runs))
         self.places: list[tuple[Any, Any, Any]] = []  # what is to know of a row in memory, the row, is it there
@@ -182,9 +184,17 @@ class CodeSide:
         k, begin = self.column(step), self.begin(step, 0)
         for (start, local, present), held in zip(self.places, self.held, strict=True):
             with there(present):
-                for i, values in enumerate(self.rows.scaled_run(held, 0, start, k)):
-                    chunk = self.number * (self.rows.run // CHUNK) + i
-                    self.unit.put_values(values, self.piece, T.bind(begin + self.unit.at(local, chunk, self.chunks)))
+                self.decode(begin, start, local, held, k)
+
+    def decode(self, begin: Any, start: Any, local: Any, held: Registers, k: Any) -> None:
+        """The run at k of the piece's row `local`, held, into the piece that begins at `begin`."""
+        for i, values in enumerate(self.rows.scaled_run(held, 0, start, k)):
+            self.unit.put_values(values, self.piece, self.place(begin, local, i))
+
+    def place(self, begin: Any, local: Any, i: int) -> Any:
+        """Where chunk i of this thread's run stands in the piece."""
+        chunk = self.number * (self.rows.run // self.unit.chunk) + i
+        return T.bind(begin + self.unit.at(local, chunk, self.chunks))
 
     def slot(self, stage: Any, place: int, first: int, count: int) -> Any:
         """Where this thread keeps `count` words of a run from the word `first` on: a multiple of `count`."""
@@ -220,13 +230,13 @@ def there(present: Any) -> AbstractContextManager:
     return nullcontext() if present is None else when(present)
 
 
-def run_of(layout: Layout, size: int, step: int, threads: int) -> int:
-    """Elements of a run, such that there is one for every thread, if it can be."""
-    return min(layout.run(max(CHUNK, size * step // threads)), step)
+def run_of(layout: Layout, chunk: int, size: int, step: int, threads: int) -> int:
+    """Elements of a run, such that there is one for every thread, if it can be; whole chunks."""
+    return min(layout.run(max(chunk, size * step // threads)), step)
 
 
-def raw_bytes(layout: Layout, size: int, step: int, threads: int) -> int:
+def raw_bytes(layout: Layout, chunk: int, size: int, step: int, threads: int, codes_only: bool) -> int:
     """Shared memory for what is copied of one step."""
-    run = run_of(layout, size, step, threads)
+    run = run_of(layout, chunk, size, step, threads)
     places = -(-size // (threads // (step // run)))
-    return places * threads * sum(words_of_run(layout, run)[1:]) * 4
+    return places * threads * sum(words_of_run(layout, run, codes_only)[1:]) * 4

@@ -30,12 +30,14 @@ Place = tuple[Any, Any, list[list[Any]]]
 class MatrixUnit(Protocol):
     """A matrix unit, for operands of one dtype.
 
-    rows, columns, stride: of a fragment. spacing: of chunks in a piece, in its elements.
+    rows, columns, stride: of a fragment. chunk: elements of a row that are copied at once. spacing: of chunks in a
+    piece, in its elements.
     """
 
     rows: int
     columns: int
     stride: int
+    chunk: int
     spacing: int
 
     def piece(self, rows: int, depth: int) -> Any:
@@ -65,7 +67,7 @@ class MatrixUnit(Protocol):
     def read(self, piece: Any, addresses: Sequence[Any], of_x: bool) -> Any:
         """A lane's part of a fragment's operand: rows of x, or of W."""
 
-    def sums(self, fragments: int) -> Any:
+    def sums(self, fragments: int, dtype: str = "float32") -> Any:
         """Sums of so many fragments, all 0; asked for once in every kernel."""
 
     def multiply(self, sums: Any, fragment: int, x: Any, w: Any) -> None:
@@ -90,15 +92,15 @@ def matrix_unit(machine: Machine, product: Product) -> MatrixUnit | None:
         return Simdgroup(machine, "float16" if half else "float32")
     if dtype not in target.dtypes or (product.weight != dtype and not isinstance(product.weight, Format)):
         return None
-    units: dict[str, type[_Words]] = {"mma": Mma, "mfma": Mfma, "wmma": Wmma, "wmma12": Wmma12}
+    units: dict[str, type[Words]] = {"mma": Mma, "mfma": Mfma, "wmma": Wmma, "wmma12": Wmma12}
     return units[target.matrix_unit](machine, dtype)
 
 
-class _Words:
-    """Units whose operands are 16 bits wide: chunks of 4 words, swizzled: those of 8 rows lie on different banks."""
+class Words:
+    """Units whose operands are words of two numbers: chunks of 4, swizzled: those of 8 rows lie on different banks."""
 
     rows = columns = stride = 16
-    spacing = 4
+    chunk, spacing = CHUNK, 4
     run: int  # adjacent columns that a lane has
     lane_sums: int  # of a fragment
 
@@ -106,7 +108,7 @@ class _Words:
         self.machine, self.dtype = machine, dtype
 
     def piece(self, rows: int, depth: int) -> Any:
-        return self.machine.shared(rows * depth // 2, "uint32")
+        return self.machine.shared(rows * depth // self.chunk * 4, "uint32")
 
     def at(self, row: Any, chunk: Any, chunks: int) -> Any:
         """In words. A row of 4 chunks is half of the banks, one of 8 all of them."""
@@ -117,7 +119,7 @@ class _Words:
         return self.machine.registers(4, "uint32")
 
     def fetch(self, held: Registers, source: Memory, element: Any) -> None:
-        self.machine.fetch(source.words, element, source.dtype, held, 0, CHUNK)
+        self.machine.fetch(source.words, element, source.dtype, held, 0, self.chunk)
 
     def put(self, held: Registers, piece: Any, at: Any) -> None:
         T.buffer_store(piece, held.buffer.vload([0], "uint32x4"), [T.ramp(at, 1, 4)])
@@ -140,8 +142,8 @@ class _Words:
             T.buffer_store(words.buffer, piece.vload([at], "uint32x4"), [T.ramp(4 * i, 1, 4)])
         return words
 
-    def sums(self, fragments: int) -> Registers:
-        registers = self.machine.registers(fragments * self.lane_sums)
+    def sums(self, fragments: int, dtype: str = "float32") -> Registers:
+        registers = self.machine.registers(fragments * self.lane_sums, dtype)
         registers.fill(0)
         return registers
 
@@ -149,19 +151,25 @@ class _Words:
         raise NotImplementedError
 
     def results(self, sums: Registers, fragments: Sequence[int]) -> Iterator[Place]:
+        rows, columns = self.lane_rows(), self.lane_columns()
         for row, column, first, step in self.places():
-            yield (
-                row,
-                column,
-                [[sums[f * self.lane_sums + first + step * i] for i in range(self.run)] for f in fragments],
-            )
+            runs = [[sums[f * self.lane_sums + first + step * i] for i in range(self.run)] for f in fragments]
+            yield rows[row], columns[column], runs
 
-    def places(self) -> list[tuple[Any, Any, int, int]]:
-        """Row, column, number of the first sum, distance to the next: of every run of a lane."""
+    def lane_rows(self) -> list[Any]:
+        """The rows of a fragment of which a lane has sums."""
+        raise NotImplementedError
+
+    def lane_columns(self) -> list[Any]:
+        """The first columns of its runs."""
+        raise NotImplementedError
+
+    def places(self) -> list[tuple[int, int, int, int]]:
+        """Of every run of a lane: which of its rows and columns, number of the first sum, distance to the next."""
         raise NotImplementedError
 
 
-class Mma(_Words):
+class Mma(Words):
     """NVIDIA's mma.sync.m16n8k16, twice a fragment; operands by ldmatrix."""
 
     run, lane_sums = 2, 8
@@ -189,33 +197,38 @@ class Mma(_Words):
             d = [sums[fragment * 8 + half * 4 + i] for i in range(4)]
             ptx(self.instruction, *d, *[x[i] for i in range(4)], w[half * 2], w[half * 2 + 1], *d)
 
-    def places(self) -> list[tuple[Any, Any, int, int]]:
-        lane = self.machine.lane
-        return [
-            (T.floordiv(lane, 4) + 8 * down, T.floormod(lane, 4) * 2 + 8 * half, half * 4 + down * 2, 1)
-            for half in range(2)
-            for down in range(2)
-        ]
+    def lane_rows(self) -> list[Any]:
+        return [T.floordiv(self.machine.lane, 4) + 8 * down for down in range(2)]
+
+    def lane_columns(self) -> list[Any]:
+        return [T.floormod(self.machine.lane, 4) * 2 + 8 * half for half in range(2)]
+
+    def places(self) -> list[tuple[int, int, int, int]]:
+        return [(down, half, half * 4 + down * 2, 1) for half in range(2) for down in range(2)]
 
 
-class _Amd(_Words):
+class Amd(Words):
     """AMD's units. W is the first operand, so that what a lane has below each other are columns of one row of y."""
 
     intrinsic: str
     operand: str  # of an instruction, as a vector
 
+    def lane_rows(self) -> list[Any]:
+        return [T.floormod(self.machine.lane, 16)]
+
     def call(self, sums: Registers, fragment: int, w: Any, x: Any, *rest: Any) -> None:
         n = self.lane_sums
-        c = sums.buffer.vload([fragment * n], f"float32x{n}")
-        d = T.call_llvm_pure_intrin(f"float32x{n}", self.intrinsic, w, x, c, *rest)
+        c = sums.buffer.vload([fragment * n], f"{sums.dtype}x{n}")
+        d = T.call_llvm_pure_intrin(f"{sums.dtype}x{n}", self.intrinsic, w, x, c, *rest)
         T.buffer_store(sums.buffer, d, [T.ramp(fragment * n, 1, n)])
 
-    def part(self, words: Registers, first: int, count: int) -> Any:
+    def words_of(self, words: Registers, first: int, count: int) -> Any:
         """Words of a lane as the instruction's operand."""
-        return T.reinterpret(self.operand, words.buffer.vload([first], f"uint32x{count}"))
+        word = words[first] if count == 1 else words.buffer.vload([first], f"uint32x{count}")
+        return T.reinterpret(self.operand, word)
 
 
-class Mfma(_Amd):
+class Mfma(Amd):
     """v_mfma_f32_16x16x16 of CDNA, 64 lanes, twice a fragment: lane l has depths 8·(l/16) … of row l % 16.
 
     The instruction takes four depths of a lane, whichever they are, as long as both operands have the same ones: the
@@ -237,14 +250,16 @@ class Mfma(_Amd):
     def multiply(self, sums: Registers, fragment: int, x: Registers, w: Registers) -> None:
         for half in (0, 2):
             flags = [T.int32(0)] * 3  # cbsz, abid, blgp: nothing is broadcast
-            self.call(sums, fragment, self.part(w, half, 2), self.part(x, half, 2), *flags)
+            self.call(sums, fragment, self.words_of(w, half, 2), self.words_of(x, half, 2), *flags)
 
-    def places(self) -> list[tuple[Any, Any, int, int]]:
-        lane = self.machine.lane
-        return [(T.floormod(lane, 16), T.floordiv(lane, 16) * 4, 0, 1)]
+    def lane_columns(self) -> list[Any]:
+        return [T.floordiv(self.machine.lane, 16) * 4]
+
+    def places(self) -> list[tuple[int, int, int, int]]:
+        return [(0, 0, 0, 1)]
 
 
-class Wmma(_Amd):
+class Wmma(Amd):
     """v_wmma_f32_16x16x16 of RDNA 3, 32 lanes: lanes l and l + 16 both have row l whole; sums of columns 2·i + l/16."""
 
     run, lane_sums = 1, 8
@@ -259,11 +274,13 @@ class Wmma(_Amd):
         return [(row, 2 * step), (row, 2 * step + 1)]
 
     def multiply(self, sums: Registers, fragment: int, x: Registers, w: Registers) -> None:
-        self.call(sums, fragment, self.part(w, 0, 8), self.part(x, 0, 8))
+        self.call(sums, fragment, self.words_of(w, 0, 8), self.words_of(x, 0, 8))
 
-    def places(self) -> list[tuple[Any, Any, int, int]]:
-        lane = self.machine.lane
-        return [(T.floormod(lane, 16), T.floordiv(lane, 16) + 2 * i, i, 1) for i in range(8)]
+    def lane_columns(self) -> list[Any]:
+        return [T.floordiv(self.machine.lane, 16) + 2 * i for i in range(8)]
+
+    def places(self) -> list[tuple[int, int, int, int]]:
+        return [(0, i, i, 1) for i in range(8)]
 
 
 class Wmma12(Wmma):
@@ -280,11 +297,13 @@ class Wmma12(Wmma):
         return [(T.floormod(lane, 16), 2 * step + T.floordiv(lane, 16))]
 
     def multiply(self, sums: Registers, fragment: int, x: Registers, w: Registers) -> None:
-        self.call(sums, fragment, self.part(w, 0, 4), self.part(x, 0, 4))
+        self.call(sums, fragment, self.words_of(w, 0, 4), self.words_of(x, 0, 4))
 
-    def places(self) -> list[tuple[Any, Any, int, int]]:
-        lane = self.machine.lane
-        return [(T.floormod(lane, 16), T.floordiv(lane, 16) * 8, 0, 1)]
+    def lane_columns(self) -> list[Any]:
+        return [T.floordiv(self.machine.lane, 16) * 8]
+
+    def places(self) -> list[tuple[int, int, int, int]]:
+        return [(0, 0, 0, 1)]
 
 
 class Simdgroup:
@@ -293,7 +312,7 @@ class Simdgroup:
     Which lane has what is not told: sums pass through shared memory. A piece is squares of 8 rows by a chunk.
     """
 
-    rows = columns = stride = spacing = 8
+    rows = columns = stride = spacing = chunk = CHUNK
 
     def __init__(self, machine: Machine, dtype: str):
         self.machine, self.dtype = machine, dtype
@@ -336,9 +355,9 @@ class Simdgroup:
         T.evaluate(T.metal.simdgroup_load(matrix.data, 0, square, 8, 8, 8, not of_x))
         return matrix
 
-    def sums(self, fragments: int) -> Any:
+    def sums(self, fragments: int, dtype: str = "float32") -> Any:
         self.staging = None
-        matrices = T.alloc_buffer((64 * fragments,), "float32", scope="metal.simdgroup")
+        matrices = T.alloc_buffer((64 * fragments,), dtype, scope="metal.simdgroup")
         for i in range(fragments):
             T.evaluate(T.metal.make_filled_simdgroup_matrix(matrices.data, i, T.float32(0), 8, 8))
         return matrices

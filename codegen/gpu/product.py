@@ -27,6 +27,7 @@ class Product:
     """One matrix product on one target.
 
     weight: dtype of W, or its format. experts: how many weights lie one after the other; None where there is one.
+    rounded: the group (0: rows) in which x is rounded to 8 bits first; None: it is not.
     """
 
     target: GpuTarget
@@ -37,6 +38,7 @@ class Product:
     out: str
     epilogue: Epilogue = field(default_factory=Epilogue)
     experts: int | None = None
+    rounded: int | None = None
 
     @property
     def gated(self) -> bool:
@@ -75,7 +77,10 @@ class Product:
 
 @dataclass(frozen=True)
 class Operands:
-    """The tensors of one product. w: those of the weight; weight: its rows."""
+    """The tensors of one product. w: those of the weight; weight: its rows.
+
+    x_scales: of x's groups [n, groups] float32, where x is codes; see round_rows.round_codes.
+    """
 
     product: Product
     machine: Machine
@@ -85,6 +90,7 @@ class Operands:
     y: Memory
     bias: Memory | None = None
     residual: Memory | None = None
+    x_scales: Memory | None = None
 
     @classmethod
     def of(cls, product: Product, machine: Machine, buffers: Sequence[Any], ids: str | None = None) -> Operands:

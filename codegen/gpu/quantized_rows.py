@@ -25,28 +25,38 @@ Piece = tuple[Memory, Any, int, int]  # of a run: tensor, its first word there, 
 EXACT = 23  # bits of a float32 mantissa
 
 
-def words_of_run(layout: Layout, run: int) -> tuple[int, int, int, int]:
-    """Of a run of so many elements: elements that share a scale; words of codes, of scales, of zero points."""
+def words_of_run(layout: Layout, run: int, codes_only: bool = False) -> tuple[int, int, int, int]:
+    """Of a run of so many elements: elements that share a scale; words of codes, of scales, of zero points.
+
+    codes_only: without scales.
+    """
     f = layout.format
     if not f.group:
         return run, run * f.bits // 32, 0, 0
     part = min(f.group, run)
-    return part, run * f.bits // 32, max(1, run // part * SCALE_BYTES[f.scale] // 4), int(f.zeros)
+    scales = 0 if codes_only else max(1, run // part * SCALE_BYTES[f.scale] // 4)
+    return part, run * f.bits // 32, scales, int(f.zeros)
 
 
 class QuantizedRows:
-    """See llmc.codegen.gpu.weight_rows.WeightRows. memories: of Layout.tensors; most: elements of a run."""
+    """See llmc.codegen.gpu.weight_rows.WeightRows. memories: of Layout.tensors; most: elements of a run.
+
+    codes_only: a run comes without its scales, for `bytes_run`.
+    """
 
     step = STEP
 
-    def __init__(self, machine: Machine, layout: Layout, memories: Sequence[Memory], most: int = 32):
+    def __init__(
+        self, machine: Machine, layout: Layout, memories: Sequence[Memory], most: int = 32, codes_only: bool = False
+    ):
         self.machine, self.layout, self.format = machine, layout, layout.format
         self.memories = tuple(memories)
         self.codes, self.scales, *zeros = memories
         self.zeros = zeros[0] if zeros else None
         self.run = layout.run(most)
         self.scaled, self.rows_scaled = self.format.group > 0, self.format.group == 0
-        self.part, self.code_words, self.scale_words, self.zero_words = words_of_run(layout, self.run)
+        sizes = words_of_run(layout, self.run, codes_only)
+        self.part, self.code_words, self.scale_words, self.zero_words = sizes
         self.words = self.code_words + self.scale_words + self.zero_words
         self.per_word = 4 // SCALE_BYTES[self.format.scale]
         self.looked_up = bool(self.format.table) and self.format.bits == 4
@@ -87,7 +97,8 @@ class QuantizedRows:
             found = [(self.codes, codes + T.floordiv(k, 32 // self.format.bits), 0, self.code_words)]
         if self.scaled:
             group = T.bind(groups + T.floordiv(k, self.format.group))
-            found.append((self.scales, T.floordiv(group, self.per_word), self.code_words, self.scale_words))
+            if self.scale_words:
+                found.append((self.scales, T.floordiv(group, self.per_word), self.code_words, self.scale_words))
             if self.zeros:
                 found.append((self.zeros, T.floordiv(group, 4), self.code_words + self.scale_words, 1))
         return found
@@ -119,7 +130,7 @@ class QuantizedRows:
         return self._scale(word if bits == 32 else self._field(word, bits, place))
 
     def row_scale(self, row: Any) -> Any:
-        return self._scale_of(row)
+        return self.scale_at(row)
 
     def few(self, start: Any, k: Any, count: int) -> list[Any]:
         codes, groups, zero = start
@@ -143,7 +154,7 @@ class QuantizedRows:
             values = self._three(low, 0, high, 0, zero, count)
         if not self.scaled:
             return values
-        scale = self._scale_of(group)
+        scale = self.scale_at(group)
         return [T.bind(value * scale) for value in values]
 
     def scaled_run(self, held: Registers, at: int, start: Any, k: Any) -> list[list[Any]]:
@@ -155,6 +166,22 @@ class QuantizedRows:
                 scale = self.scale(held, at, k, first // self.part)
                 values = [T.bind(value * scale) for value in values]
             found.append(values)
+        return found
+
+    def bytes_run(self, held: Registers, at: int, start: Any, k: Any) -> Registers:
+        """A run of 4-bit codes as signed bytes, code less its zero, four a word in the order of Layout.byte_place."""
+        u, found = T.uint32, self.machine.registers(self.run // 4, "uint32")
+        zero: Any = u(self.format.offset * 0x01010101)
+        if self.zero_words:
+            zero = self._field(held[at + self.code_words + self.scale_words], 8, self._place(k, 0, 4)) * u(0x01010101)
+        elif self.zeros:
+            zero = T.Cast("uint32", start[2]) * u(0x01010101)
+        zero = T.bind(zero)
+        for i in range(self.run // 8):
+            for j, word in enumerate((held[at + i], T.shift_right(held[at + i], u(4)))):
+                # 128 + code - zero borrows nothing from its neighbours; less 128, it is signed.
+                raised = self.machine.masked(word, 0x0F0F0F0F, 0x80808080)
+                found[2 * i + j] = T.bitwise_xor(raised - zero, u(0x80808080))
         return found
 
     # Words
@@ -184,7 +211,7 @@ class QuantizedRows:
         inside = T.And(bits != 0, bits != 255)
         return T.bind(T.reinterpret("float32", T.Select(inside, T.shift_left(bits, T.uint32(23)), ends)))
 
-    def _scale_of(self, group: Any) -> Any:
+    def scale_at(self, group: Any) -> Any:
         """The scale at an index, int64, of all scales."""
         if self.format.scale == "e8m0":
             return self._scale(T.bind(T.Cast("uint32", self.scales.elements[group])))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -10,52 +12,123 @@ from tvm.tirx.script import builder as T
 from .machine import Machine, i64, loop, when
 from .memory import Memory
 from .product import Operands
+from .quantized_layout import Layout
 
-__all__ = ["round_rows"]
+__all__ = ["round_codes", "round_rows"]
 
 THREADS = 256  # of a block
+NOT_FINITE = 0x7F800000  # bits of infinity; NaN's are more
 
 
-def round_rows(operands: Operands, n: Any, group: int) -> Operands:
-    """Launch the rounding of x [n, depth] into a workspace, in groups of so many (0: rows) -> operands that read it.
+def round_rows(operands: Operands, n: Any) -> Operands:
+    """Launch the rounding of x [n, depth] into a workspace, in groups of product.rounded -> operands that read it.
 
-    n, int64, is not 0.
+    n, int64, is not 0. Without rounding: the operands as they are.
     """
     product, m = operands.product, operands.machine
-    depth = product.depth
-    rounded = Memory(T.alloc_buffer((n * depth,), product.activation))
-    size = group or depth
+    if product.rounded is None:
+        return operands
+    rounded = Memory(T.alloc_buffer((n * product.depth,), product.activation))
+
+    def store(group: Group) -> None:
+        with when(group.there), group.elements(group.size) as at:
+            m.store(rounded.elements, [group.base + i64(at)], T.bind(group.code(at) * group.scale))
+
+    _launch(operands, n, store)
+    return replace(operands, x=rounded)
+
+
+def round_codes(operands: Operands, n: Any) -> Operands:
+    """The same as codes -> operands whose x is int8 [n, stored depth of the weight] as its bytes, zeros past the depth,
+    in the order of Layout.byte_place, and whose x_scales are float32 [n, groups].
+    """
+    product, m = operands.product, operands.machine
+    layout = Layout(product.weight, product.depth)  # type: ignore[arg-type]  # a format: only those have codes
+    depth, stored, size = product.depth, layout.stored_depth, product.rounded or product.depth
+    codes = Memory(T.alloc_buffer((n * stored,), "uint8"))
+    scales = Memory(T.alloc_buffer((n * (depth // size),), "float32"))
+
+    def store(group: Group) -> None:
+        with when(group.there):
+            with when(group.lane == 0):
+                T.buffer_store(scales.elements, group.scale, [group.number])
+            row = T.bind(T.floordiv(group.number, depth // size))
+            first = T.bind(T.floormod(group.number, depth // size) * size)
+            with group.elements(size if size < depth else stored) as at:  # a row's only group has what is past it
+                code = m.registers(1, "int32")
+                code[0] = T.int32(0)
+                with when(at < size):
+                    # What is not finite has no code; its scale is NaN.
+                    code[0] = T.Select(group.finite, T.Cast("int32", group.code(T.min(at, size - 1))), T.int32(0))
+                place = T.bind(layout.byte_place(first + i64(at)))
+                T.buffer_store(codes.elements, T.Cast("uint8", code[0]), [row * stored + place])
+
+    _launch(operands, n, store)
+    return replace(operands, x=codes, x_scales=scales)
+
+
+class Group:
+    """A group of x as the lanes that round it see it.
+
+    number: int64, among all; base: of its first element; there: whether it is. lane, lanes: this one, of so many.
+    scale: float32; NaN where not all of its elements are finite.
+    """
+
+    def __init__(self, operands: Operands, number: Any, total: Any, size: int, lanes: int):
+        self.operands, self.machine, self.size, self.lanes = operands, operands.machine, size, lanes
+        self.number, self.there = number, number < total
+        self.base = T.bind(T.min(number, total - 1) * size)  # all lanes take part in a warp's maximum
+        self.lane = T.bind(T.floormod(self.machine.thread, lanes))
+        self.scale = self.inverse = self.finite = None
+
+    @contextmanager
+    def elements(self, count: int) -> Iterator[Any]:
+        """with group.elements(count) as at: this lane's of so many."""
+        with loop(count - self.lane, step=self.lanes) as offset:
+            yield T.bind(self.lane + offset)
+
+    def load(self, at: Any) -> Any:
+        return self.machine.load_f32(self.operands.x.elements, [self.base + i64(at)])
+
+    def code(self, at: Any) -> Any:
+        return round_even(self.machine, self.load(at), self.inverse)
+
+    def find_scale(self) -> None:
+        """The bits of sizes are in the order of the sizes, and NaN's above them all."""
+        m = self.machine
+        most = m.registers(1, "int32")
+        most[0] = T.int32(0)
+        with self.elements(self.size) as at:
+            size = T.bitwise_and(T.reinterpret("int32", self.load(at)), T.int32(0x7FFFFFFF))
+            most[0] = T.max(most[0], size)
+        if self.lanes < THREADS:
+            largest = m.warp_reduce(T.max, T.bind(most[0]), self.lanes) if self.lanes > 1 else T.bind(most[0])
+        else:
+            largest = m.block_reduce(T.max, T.bind(most[0]), m.shared(THREADS // m.warp, "int32"))
+        self.finite = T.bind(largest < NOT_FINITE)
+        safe = m.keep(T.reinterpret("float32", T.Select(largest > 0, largest, T.int32(0x3F800000))), "float32")
+        self.inverse = divide(m, T.float32(127), safe)
+        scale = T.bind(safe * m.number(1 / 127))
+        nan = T.reinterpret("float32", T.uint32(0x7FC00000))
+        self.scale = m.keep(T.Select(self.finite, scale, nan), "float32")
+
+
+def _launch(operands: Operands, n: Any, store: Callable[[Group], None]) -> None:
+    """Launch what finds the scale of every group and stores it."""
+    product, m = operands.product, operands.machine
+    size = product.rounded or product.depth
     lanes = THREADS
-    if group:  # that share one: a power of two, within a warp
+    if product.rounded:  # that share one: a power of two, within a warp
         lanes = 1
         while lanes * 2 <= min(size, m.warp):
             lanes *= 2
     at_once = THREADS // lanes
-    total = T.bind(n * (depth // size))
+    total = T.bind(n * (product.depth // size))
     with m.launch([T.floordiv(total + (at_once - 1), T.int64(at_once))], THREADS) as (block,):
-        lane = T.bind(T.floormod(m.thread, lanes))
         number = T.bind(i64(block) * at_once + i64(T.floordiv(m.thread, lanes)))
-        base = T.bind(T.min(number, total - 1) * size)  # all lanes take part in a warp's maximum
-
-        def load(i: Any) -> Any:
-            return m.load_f32(operands.x.elements, [base + i64(i)])
-
-        most = m.registers(1)
-        most[0] = T.float32(0)
-        with loop(size - lane, step=lanes) as offset:
-            x = load(lane + offset)
-            most[0] = T.max(most[0], T.max(x, -x))
-        if group:
-            largest = m.warp_reduce(T.max, T.bind(most[0]), lanes) if lanes > 1 else T.bind(most[0])
-        else:
-            largest = m.block_reduce(T.max, T.bind(most[0]), m.shared(THREADS // m.warp))
-        safe = m.keep(T.Select(largest > T.float32(0), largest, T.float32(1)), "float32")
-        inverse = divide(m, T.float32(127), safe)
-        scale = m.keep(safe * m.number(1 / 127), "float32")
-        with when(number < total), loop(size - lane, step=lanes) as offset:
-            at = T.bind(lane + offset)
-            m.store(rounded.elements, [base + i64(at)], T.bind(round_even(m, load(at), inverse) * scale))
-    return replace(operands, x=rounded)
+        group = Group(operands, number, total, size, lanes)
+        group.find_scale()
+        store(group)
 
 
 def round_even(m: Machine, x: Any, by: Any) -> Any:

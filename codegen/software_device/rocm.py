@@ -46,6 +46,12 @@ _FUNCTIONS = {
     "mbcnt.hi": ("i32", "device_count_high"),
     **{f"{name}.f32": ("float", f"device_{name}") for name in ("rcp", "rsq", "exp2", "log", "sqrt", "sin", "cos")},
 }
+# Products of 8-bit integers.
+_INTEGERS = {
+    "mfma.i32.16x16x16i8": "mfma_i8_16",
+    "mfma.i32.16x16x32.i8": "mfma_i8_32",
+    "wmma.i32.16x16x16.iu8": "wmma",
+}
 # Nothing that a result could depend on.
 _HINTS = {"s.setprio", "sched.barrier", "sched.group.barrier", "iglp.opt", "s.waitcnt", "s.nop", "s.sethalt"}
 
@@ -192,6 +198,9 @@ class _Module:
         elif name.startswith(("mfma.f32.16x16x16", "wmma.f32.16x16x16")):
             yield here
             yield from self.matrix(name, args, result)
+        elif unit := _INTEGERS.get(re.sub(r"\.v\d.*", "", name)):
+            yield here
+            yield from self.integers(name, unit, args, result)
         elif name not in _HINTS:
             self.refuse(f"llvm.amdgcn.{name}")
 
@@ -203,14 +212,33 @@ class _Module:
             self.refuse(f"llvm.amdgcn.{name} with modifiers {modifiers}")
         element = "bf16" if "bf16" in name else "f16"
         unit = "mfma" if name.startswith("mfma") else "wmma11" if operands[0][0].startswith("<16") else "wmma12"
+        yield from self.handed(operands, f"device_{unit}_{element}", result)
+
+    def integers(self, name: str, unit: str, args: str, result: str) -> Iterator[str]:
+        """The same of 8-bit integers: RDNA's operands say whether they are signed, and its sums whether they saturate;
+        CDNA's may be scalars."""
+        given = re.findall(r"(<\d+ x i32>|i\d+) (splat \([^)]*\)|<[^>]*>|[^\s,]+)", args)
+        if unit == "wmma":
+            (_, signed), a, (_, signed_too), b, c, (_, saturates) = given
+            unit = "wmma11_iu8" if a[0].startswith("<4") else "wmma12_iu8"
+            said, expected = [signed, signed_too, saturates], ["true", "true", "false"]
+        else:
+            a, b, c, *flags = given
+            said, expected = [flag for _, flag in flags], ["0"] * 3
+        if said != expected:
+            self.refuse(f"llvm.amdgcn.{name} with modifiers {said}")
+        yield from self.handed([a, b, c], f"device_{unit}", result)
+
+    def handed(self, operands: Sequence[tuple[str, str]], function: str, result: str) -> Iterator[str]:
+        """A call that finds its operands one behind the other in memory, and leaves its sums where they were."""
         offset = 0
         for dtype, value in operands:
             where = f"%operands.{self.number}.{offset}"
             yield f"  {where} = getelementptr i8, ptr %device.operands, i64 {offset}"
-            yield f"  store {dtype} {value}, ptr {where}, align 8"
+            yield f"  store {dtype} {value}, ptr {where}, align 4"
             offset, last, sums = offset + size_of(dtype), where, dtype
-        yield f"  call void @device_{unit}_{element}(ptr %device.operands) #0"
-        yield f"{result}load {sums}, ptr {last}, align 8"
+        yield f"  call void @{function}(ptr %device.operands) #0"
+        yield f"{result}load {sums}, ptr {last}, align 4"
 
     def refuse(self, what: str) -> None:
         raise CompileError(
@@ -271,5 +299,9 @@ declare void @device_wmma11_f16(ptr) #0
 declare void @device_wmma11_bf16(ptr) #0
 declare void @device_wmma12_f16(ptr) #0
 declare void @device_wmma12_bf16(ptr) #0
+declare void @device_mfma_i8_16(ptr) #0
+declare void @device_mfma_i8_32(ptr) #0
+declare void @device_wmma11_iu8(ptr) #0
+declare void @device_wmma12_iu8(ptr) #0
 attributes #0 = { convergent noduplicate nomerge }
 """

@@ -14,9 +14,10 @@ from tests.codegen.gpu import emission
 from tests.codegen.gpu.quantized_products import FORMATS
 
 
-def resources(name, format, columns, depth, activation):
+def resources(name, format, columns, depth, activation, rounded=None):
     [target] = targets.parse(name)
-    kernel = quantized.matmul(target, columns, depth, format=FORMATS[format], activation=activation, out=activation)
+    made = dict(format=FORMATS[format], activation=activation, out=activation, rounded=rounded)
+    kernel = quantized.matmul(target, columns, depth, **made)
     if target.language == "amdgpu":
         compiler = rocm.Compiler(target)
         compiler.install()
@@ -34,5 +35,6 @@ def resources(name, format, columns, depth, activation):
 
 
 if __name__ == "__main__":
-    name, format, columns, depth, activation = sys.argv[1:]
-    print(json.dumps({k: asdict(r) for k, r in resources(name, format, int(columns), int(depth), activation).items()}))
+    name, format, columns, depth, activation, *rounded = sys.argv[1:]
+    found = resources(name, format, int(columns), int(depth), activation, *map(int, rounded))
+    print(json.dumps({k: asdict(r) for k, r in found.items()}))

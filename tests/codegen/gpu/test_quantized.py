@@ -35,6 +35,13 @@ def multiplied_as(target, case, rows):
     return case.activation if case.activation in target.dtypes else None
 
 
+def multiplies_codes(target, case, rounded):
+    """Whether a matrix unit multiplies x's codes with the weight's as integers."""
+    if rounded is None or not target.int8_run or case.format.table or rounded % 32 or case.format.group % 32:
+        return False
+    return case.format.bits == 4 or (case.format.bits, case.format.zeros) == (8, False)
+
+
 def check(name, case, rows=ROWS, rounded=None):
     target = small(name)
     made = dict(format=case.format, activation=case.activation, rounded=rounded)
@@ -45,9 +52,13 @@ def check(name, case, rows=ROWS, rounded=None):
         kernel = quantized.matmul(target, case.columns, case.depth, out=case.out, **made)
     for n in rows:
         y = check_all(kernel, target, case.arguments(n), timeout=500)[-1]
-        x = None if rounded is None else round_activation(case.x, rounded)
-        few = max(8, case.experts or 0)
-        miss = case.largest_miss(y, multiplied_as(target, case, n if n > few else 0), x)
+        many = n if n > max(8, case.experts or 0) else 0
+        if many and multiplies_codes(target, case, rounded):
+            # Sums of integers are exact, and codes times their scale are not rounded to x's dtype.
+            miss = case.largest_miss(y, None, round_activation(case.x.astype(np.float32), rounded))
+        else:
+            x = None if rounded is None else round_activation(case.x, rounded)
+            miss = case.largest_miss(y, multiplied_as(target, case, many), x)
         assert miss <= 1, f"{n} rows: {miss:.2f} times as far from the product as it may be"
 
 
@@ -59,6 +70,8 @@ QUICK = [
     ("cuda:sm_90", QuantizedCase("nf4", 34, 64, "float16", experts=3, bias="float32"), (2, 9), None),
     ("rocm:gfx942", QuantizedCase("int4-zp", 34, 64, "bfloat16"), (1, 64), None),
     ("rocm:gfx942", QuantizedCase("mxfp4", 33, 96, "float32", out="bfloat16"), (8, 16), None),
+    ("cuda:sm_90", QuantizedCase("int8", 34, 76, "bfloat16"), (1, 9, 200), 0),
+    ("rocm:gfx942", QuantizedCase("int4-zp", 34, 192, "float16", out="float32"), (9, 64), 32),
     ("metal", QuantizedCase("int8", 64, 128, "bfloat16"), (1, 16), 0),
     ("metal", QuantizedCase("int3-zp", 34, 80, "float16"), (8, 9), None),
     ("metal", QuantizedCase("fp8", 33, 44, "float32"), (1, 9), None),
@@ -87,14 +100,64 @@ def test_activations_are_rounded_to_the_codes_that_numpy_finds(name, group):
     """The weight is the identity: y says what x was rounded to, bit by bit; ties and groups of zeros among them."""
     format = replace(FORMATS["int8"], group=0, scale="float32")
     random = np.random.default_rng(7)
-    x = random.standard_normal((5, 64)).astype(np.float32)
+    x = random.standard_normal((16, 64)).astype(np.float32)
     x[1] = random.integers(-254, 255, 64) / 2
     x[1, ::16] = 127
     x[2, :32] = 0
     kernel = quantized.matmul(small(name), 64, 64, format=format, activation="float32", out="float32", rounded=group)
     codes, scales = np.eye(64, dtype=np.uint8) + np.uint8(128), np.ones((64, 1), np.float32)
-    y = check_all(kernel, small(name), [x, codes, scales, Unwritten((5, 64), "float32")])[-1]
-    np.testing.assert_array_equal(y, round_activation(x, group))
+    for n in (5, 16):
+        y = check_all(kernel, small(name), [x[:n], codes, scales, Unwritten((n, 64), "float32")])[-1]
+        np.testing.assert_array_equal(y, round_activation(x[:n], group))
+
+
+CODES = [
+    ("int8", 0),
+    ("int8", 64),
+    ("int8-g64", 0),
+    ("int8-g64", 32),
+    ("int4", 32),
+    ("int4-zp", 0),
+    ("int4-g128-zp", 128),
+    ("int4-row", 0),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", (*EXECUTED[:4], "rocm:gfx90a"))
+@pytest.mark.parametrize(("format", "rounded"), CODES)
+def test_all_products_of_codes(name, format, rounded):
+    """Groups on either side, on both, of different sizes, and on none; rows of whole steps and not."""
+    turn = CODES.index((format, rounded))
+    columns, depth = SHAPES[turn % 3] if format == "int8" and not rounded else ((64, 128), (34, 384))[turn % 2]
+    check(name, QuantizedCase(format, columns, depth, DTYPES[turn % 3]), (9, 64, 200), rounded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXECUTED[:4])
+def test_codes_of_the_largest_size_do_not_overflow(name):
+    """All codes are -127 and all weights -128: a sum near 2**31 is still exact, and rounded once."""
+    depth = 1 << 17
+    x, codes = np.full((9, depth), -127, np.float32), np.zeros((2, depth), np.uint8)
+    made = dict(format=FORMATS["int8"], activation="float32", out="float32", rounded=0)
+    kernel = quantized.matmul(small(name), 2, depth, **made)
+    given = [x, codes, np.ones((2, 1), np.float32), Unwritten((9, 2), "float32")]
+    np.testing.assert_array_equal(check_all(kernel, small(name), given, timeout=500)[-1], depth * 127.0 * 128.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXECUTED[:2])
+@pytest.mark.parametrize(("format", "rounded"), [("int8", 0), ("int4", 32)])
+def test_rows_that_are_not_finite(name, format, rounded):
+    case = QuantizedCase(format, 34, 64, "float32")
+    x, *w, y = case.arguments(12)
+    x[3, 5], x[7, 9] = np.nan, np.inf
+    made = dict(format=case.format, activation="float32", out="float32", rounded=rounded)
+    kernel = quantized.matmul(small(name), 34, 64, **made)
+    for n in (8, 12):
+        found = check_all(kernel, small(name), [x[:n], *w, replace(y, shape=(n, 34))])[-1]
+        assert (np.isnan(found).all(1) == np.isin(np.arange(n), (3, 7))).all()
+        assert np.isfinite(np.delete(found, (3, 7), 0)).all()
 
 
 @pytest.mark.slow

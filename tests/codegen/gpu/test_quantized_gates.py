@@ -15,6 +15,7 @@ FEW = (
     3  # of a product's kernels are for few rows, and read codes at memory's speed; the others multiply on matrix units
 )
 QUICK = [("cuda:sm_90", "int4", "bfloat16"), ("metal", "int4", "bfloat16")]
+ROUNDED = [("int8", 0), ("int4", 32), ("int4-g128-zp", 0), ("int8-g64", 64)]  # products of codes
 FORMATS = [("int4-zp", "float16"), ("int8", "bfloat16"), ("nf4", "float16"), ("fp8-g128", "bfloat16")]
 SLOW = [
     ("rocm:gfx942", "int4", "bfloat16"),
@@ -22,11 +23,15 @@ SLOW = [
 ]
 
 
-def check(name, format, activation):
-    command = [sys.executable, "-m", "tests.codegen.gpu.gates_of_kernel", name, format, "1024", "1024", activation]
+def check(name, format, activation, rounded=None):
+    shape = ["1024", "1024", activation] + ([] if rounded is None else [str(rounded)])
+    command = [sys.executable, "-m", "tests.codegen.gpu.gates_of_kernel", name, format, *shape]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     found = list(json.loads(done.stdout).values())
+    if rounded is not None:  # the kernels that round x come first, before those for few rows and before the others
+        assert not (found[0]["matrix"] or found[0]["spilled"] or found[FEW + 1]["matrix"] or found[FEW + 1]["spilled"])
+        del found[FEW + 1], found[0]
     assert len(found) > FEW
     for i, kernel in enumerate(found):
         assert not kernel["spilled"]
@@ -46,3 +51,13 @@ def test_gates(name, format, activation):
 @needs_tools
 def test_all_gates(name, format, activation):
     check(name, format, activation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["cuda:sm_80", "cuda:sm_90", "rocm:gfx90a", "rocm:gfx942", "rocm:gfx1100", "rocm:gfx1201"]
+)
+@pytest.mark.parametrize(("format", "rounded"), ROUNDED)
+@needs_tools
+def test_gates_of_codes(name, format, rounded):
+    check(name, format, "bfloat16", rounded)

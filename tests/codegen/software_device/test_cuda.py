@@ -204,6 +204,24 @@ def test_matrix_unit(dtype):
     assert found.fault == "lanes" and "every lane of the warp" in str(found)
 
 
+@pytest.mark.parametrize("dtype", ["s8", "e4m3"])
+def test_matrix_unit_of_bytes(dtype):
+    """One m16n8k32 product: A [16, 32], B [8, 32] (its columns), D [16, 8], each lane's words as PTX ISA draws them."""
+    number = "int" if dtype == "s8" else "float"
+    text = (TEXTS / "mma_bytes.cu").read_text().replace("NUMBER", number)
+    text = text.replace("KINDS", {"s8": "s32.s8.s8.s32", "e4m3": "f32.e4m3.e4m3.f32"}[dtype])
+    text = text.replace("LETTER", "r" if dtype == "s8" else "f")
+    codes = np.random.default_rng(0).integers(0, 256, (24, 32)).astype(np.uint8)
+    codes[codes & 127 == 127] ^= 1
+    numbers = codes.view(np.int8 if dtype == "s8" else ml_dtypes.float8_e4m3fn).astype(np.float64)
+    given = [codes[:16], codes[16:], device.Unwritten((16, 8), "int32" if dtype == "s8" else "float32")]
+    y = run_text(text, *given, threads=32)[2]
+    x, w = numbers[:16], numbers[16:]
+    assert (abs(y - (x @ w.T + 1)) <= (0 if dtype == "s8" else 33 * 2.0**-24) * (abs(x) @ abs(w).T + 1)).all()
+    half = text.replace("// HERE", "if (l >= 16) return;")
+    assert fault(None, *given, text=half, threads=32).fault == "lanes"
+
+
 def test_dynamic_shared_memory():
     body = "  d[threadIdx.x] = x[threadIdx.x];\n  __syncthreads();\n  y[threadIdx.x] = d[threadIdx.x ^ 1];"
     shared = "extern __shared__ __align__(128) float d[];"

@@ -179,6 +179,59 @@ def test_matrix_units(unit, dtype):
     assert found.fault == "lanes"
 
 
+BYTES = {  # name, target, lanes, bytes of an operand, sums, depth of a product, first depth and row of a lane's
+    "mfma 16": ("mfma.i32.16x16x16i8", K.target("rocm:gfx90a"), 64, 4, 4, 16, UNITS["mfma"][4], UNITS["mfma"][5]),
+    "mfma 32": ("mfma.i32.16x16x32.i8", GFX942, 64, 8, 4, 32, lambda lane, j: lane // 16 * 8 + j, UNITS["mfma"][5]),
+    "wmma11": ("wmma.i32.16x16x16.iu8.v8i32.v4i32", GFX1100, 32, 16, 8, 16, *UNITS["wmma11"][4:]),
+    "wmma12": ("wmma.i32.16x16x16.iu8.v8i32.v2i32", GFX1201, 32, 8, 8, 16, *UNITS["wmma12"][4:]),
+}
+
+
+def bytes_product(unit):
+    """Text of a wave's product of bytes, and what `BYTES` says of it."""
+    name, target, lanes, size, sums, *rest = BYTES[unit]
+    operand = {4: "i32", 8: "i64"}[size] if unit.startswith("mfma") else f"<{size // 4} x i32>"
+    result = f"<{sums} x i32>"
+    given = f"{operand} %a, {operand} %b, {result} splat (i32 1), i32 0, i32 0, i32 0"
+    if unit.startswith("wmma"):
+        given = f"i1 true, {operand} %a, i1 true, {operand} %b, {result} splat (i32 1), i1 false"
+    text = f"""define amdgpu_kernel void @planted(ptr addrspace(1) %x, ptr addrspace(1) %y) {{
+  %t = call i32 @llvm.amdgcn.workitem.id.x()
+  %xt = getelementptr [{2 * size} x i8], ptr addrspace(1) %x, i32 %t
+  %a = load {operand}, ptr addrspace(1) %xt, align 4
+  %xb = getelementptr i8, ptr addrspace(1) %xt, i32 {size}
+  %b = load {operand}, ptr addrspace(1) %xb, align 4
+  %d = call {result} @llvm.amdgcn.{name}({given})
+  %yt = getelementptr {result}, ptr addrspace(1) %y, i32 %t
+  store {result} %d, ptr addrspace(1) %yt, align 4
+  ret void
+}}
+"""
+    return text, target, lanes, size, sums, *rest
+
+
+@pytest.mark.parametrize("unit", BYTES)
+def test_matrix_units_of_bytes(unit):
+    text, target, lanes, size, sums, deep, depth, row = bytes_product(unit)
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(-128, 128, (16, deep)).astype(np.int8), rng.integers(-128, 128, (deep, 16)).astype(np.int8)
+    x = np.zeros((lanes, 2, size), np.int8)
+    for lane in range(lanes):
+        for j in range(size):
+            x[lane, 0, j], x[lane, 1, j] = a[lane % 16, depth(lane, j)], b[depth(lane, j), lane % 16]
+    y = run(None, x, device.Unwritten((lanes, sums), "int32"), text=text, threads=lanes, target=target)[1]
+    expected = 1 + a.astype(np.int64) @ b.astype(np.int64)
+    assert all(y[t, j] == expected[row(t, j), t % 16] for t in range(lanes) for j in range(sums))
+    assert fault(None, x, y, text=text, threads=lanes // 2, target=target).fault == "lanes"
+    flag = ("i1 true, <", "i1 false, <") if unit.startswith("wmma") else ("i32 0)", "i32 1)")
+    with pytest.raises(CompileError, match="with modifiers"):
+        run(None, x, y, text=text.replace(*flag), threads=lanes, target=target)
+    if unit == "wmma11":
+        x[20, 0, 3] ^= 1
+        found = fault(None, x, y, text=text, threads=lanes, target=target)
+        assert found.fault == "lanes" and "hold the same rows" in str(found)
+
+
 def test_lanes_of_a_wmma_that_should_agree():
     text = """define amdgpu_kernel void @planted(ptr addrspace(1) %x, ptr addrspace(1) %y) {
   %t = call i32 @llvm.amdgcn.workitem.id.x()

@@ -20,6 +20,15 @@ DEVICE_INLINE uint32_t ptx_pair(float low, float high) {
   }
 MMA(ptx_mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32, device_mma_f16)
 MMA(ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32, device_mma_bf16)
+MMA(ptx_mma_sync_aligned_m16n8k32_row_col_f32_e4m3_e4m3_f32, device_mma_e4m3)
+// Sums of integers: a kernel may keep them as int or as unsigned.
+template <class Word>
+PTX ptx_mma_sync_aligned_m16n8k32_row_col_s32_s8_s8_s32(Word &d0, Word &d1, Word &d2, Word &d3, uint32_t a0, uint32_t a1,
+                                                        uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, Word c0,
+                                                        Word c1, Word c2, Word c3) {
+  FourWords d = device_mma_s8(a0, a1, a2, a3, b0, b1, (uint32_t)c0, (uint32_t)c1, (uint32_t)c2, (uint32_t)c3);
+  d0 = (Word)d.x, d1 = (Word)d.y, d2 = (Word)d.z, d3 = (Word)d.w;
+}
 
 #define LOAD(SUFFIX, TRANSPOSED)                                                                 \
   PTX ptx_ldmatrix_sync_aligned_m8n8_x1_##SUFFIX(uint32_t &r0, uint32_t address) {               \
@@ -76,6 +85,7 @@ LOADS(nc_L1_no_allocate_)
 PTX ptx_st_global_v4_b32(void *to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) { *(uint4 *)to = {a, b, c, d}; }
 PTX ptx_st_global_v2_b32(void *to, uint32_t a, uint32_t b) { *(uint2 *)to = {a, b}; }
 PTX ptx_st_global_b32(void *to, uint32_t a) { *(uint32_t *)to = a; }
+PTX ptx_st_shared_b32(uint32_t to, uint32_t a) { *(uint32_t *)device_shared_pointer(to) = a; }
 
 // Bit and half-pair arithmetic.
 PTX ptx_lop3_b32(uint32_t &d, uint32_t a, uint32_t b, uint32_t c, unsigned truth) {
