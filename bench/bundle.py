@@ -46,6 +46,7 @@ set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 cd "$here"  # no other llmc is found first
 export PYTHONPATH="$here/site${PYTHONPATH:+:$PYTHONPATH}"
+"${PYTHON:-python3}" -m llmc.bench.preflight
 exec "${PYTHON:-python3}" -m llmc.bench.gpu "$here"/artifacts/*.llmc --out "$here/results" "$@"
 """
 
