@@ -16,6 +16,7 @@ from tvm import relax
 from tvm.relax import op as R
 
 from .ops import callee, emit_op, op_of
+from .quantized_cache import TINY
 
 __all__ = ["TABLES", "Format", "activation_group", "dequantize", "format_of", "round_activation"]
 
@@ -143,9 +144,9 @@ def format_of(module: tvm.IRModule, call: relax.Expr) -> Format | None:
 def round_activation(bb: relax.BlockBuilder, x: relax.Expr, *, group: int = 0) -> relax.Var:
     """x [n, i] as 8-bit integers say it, token by token: q · s with q in [-127, 127], in x's dtype.
 
-    Every `group` consecutive elements (0: the whole row) share s = max|x| · (1/127); q = x · (127 / max|x|) rounded to
-    the nearest, ties to even, all in float32. A kernel that does the same operations finds the same q, bit for bit. A
-    group of zeros stays zeros.
+    Every `group` consecutive elements (0: the whole row) share s = most · (1/127); q = x · (127 / most) rounded to the
+    nearest, ties to even, all in float32; most = max(max|x|, TINY), for which neither 127 / most is infinite nor s a
+    subnormal number. A kernel that does the same operations finds the same q, bit for bit. Zeros stay zeros.
     """
 
     def meaning(emit, x):
@@ -153,7 +154,7 @@ def round_activation(bb: relax.BlockBuilder, x: relax.Expr, *, group: int = 0) -
         size = group or depth
         y = emit(R.reshape(emit(R.astype(x, "float32")), [n, depth // size, size]))
         most = emit(R.max(emit(R.abs(y)), axis=[-1], keepdims=True))
-        safe = emit(R.where(emit(R.greater(most, _f32(0.0))), most, _f32(1.0)))
+        safe = emit(R.maximum(most, _f32(TINY)))
         q = emit(R.round(emit(R.multiply(y, emit(R.divide(_f32(127.0), safe))))))
         y = emit(R.multiply(q, emit(R.multiply(safe, _f32(1.0 / 127.0)))))
         y = emit(R.reshape(y, [n, depth]))

@@ -29,7 +29,7 @@ __all__ = ["CODES", "LARGEST", "SCALE", "TINY", "code", "largest_bits", "number"
 CODES = {"int8": "int8", "fp8": "uint8"}  # kind of cache -> dtype of its codes
 LARGEST = {"int8": 127.0, "fp8": 448.0}  # number that a code can say
 SCALE = "float32"  # dtype of scales
-TINY = 1e-30  # the least magnitude that a scale is made for: its inverse and the scale itself are normal numbers
+TINY = 1e-30  # the least magnitude that a scale of 8 bits is made for: its inverse and the scale are normal numbers
 
 
 def largest_bits(bits: Any, x: Any) -> Any:

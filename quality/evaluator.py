@@ -12,6 +12,7 @@ import tvm
 import tvm_ffi
 
 from llmc.ir.driver import numpy_dtype
+from llmc.ir.quantized_cache import TINY
 from llmc.quality.head import Head, find_head
 from llmc.quality.layers import Layer, cut_layers
 from llmc.quality.part import Part, Pieces, Product, inlined
@@ -233,7 +234,6 @@ def cast(values: np.ndarray, casts: tuple[str, ...]) -> np.ndarray:
 def rounded_activation(x: np.ndarray, group: int) -> np.ndarray:
     """What ir.round_activation says of x [s, i] float32, in numpy."""
     y = x.reshape(len(x), -1, group or x.shape[1])
-    most = np.abs(y).max(axis=-1, keepdims=True)
-    most = np.where(most > 0, most, np.float32(1))
+    most = np.maximum(np.abs(y).max(axis=-1, keepdims=True), np.float32(TINY))
     q = np.round(y * (np.float32(127) / most))
     return (q * (most * np.float32(1 / 127))).reshape(x.shape)

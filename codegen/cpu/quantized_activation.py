@@ -1,4 +1,6 @@
-"""Activations become whole numbers, a group at a time: N = round(x · M / max|x|), to the nearest, ties to even.
+"""Activations become whole numbers, a group at a time: N = round(x · M / most), to the nearest, ties to even.
+
+most = max(max|x|, TINY): also of a group of zeros, M / most and most / M are normal numbers.
 
 With M = 127 these are the numbers of `llmc.ir.quantized.round_activation`, bit for bit.
 """
@@ -6,19 +8,23 @@ With M = 127 these are the numbers of `llmc.ir.quantized.round_activation`, bit 
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from tvm.tirx.script import builder as T
+
+from llmc.ir.quantized_cache import TINY
 
 from .vector import Vector, chunks, loop
 
 
 def largest(x: Any, row: Any, start: Any, size: int, lanes: int, units: float) -> tuple[Any, Any]:
-    """(M / max|x|, max|x| / M) of x[row, start : start + size], M = units; a group of zeros has the maximum 1.
+    """(M / most, most / M) of x[row, start : start + size], M = units.
 
     An infinity or a NaN makes the second what makes a product with it NaN.
     """
     wide = Vector(lanes)
-    most = wide.register(wide.iconst(0), "int32")
-    few = Vector(1).register(T.int32(0), "int32")
+    least = int(np.float32(TINY).view(np.int32))
+    most = wide.register(wide.iconst(least), "int32")
+    few = Vector(1).register(T.int32(least), "int32")
 
     def larger(at: Any, width: int) -> None:
         # As whole numbers, magnitudes compare as they do as floats, with infinity above them and NaN above all.
@@ -31,7 +37,7 @@ def largest(x: Any, row: Any, start: Any, size: int, lanes: int, units: float) -
 
     pieces(size, lanes, larger)
     bound = T.bind(T.max(few.get(), reduce(wide, "smax", most.get())) if size >= lanes else few.get())
-    safe = T.bind(T.Select(bound > 0, T.reinterpret("float32", bound), T.float32(1)))
+    safe = T.bind(T.reinterpret("float32", bound))
     return T.bind(T.float32(units) / safe), T.bind(safe * T.float32(1 / units))
 
 

@@ -1,6 +1,6 @@
 """Products of quantized weights by integer dot products: four codes by four 8-bit activations in every 32-bit lane.
 
-Activations become whole numbers, a group of a row at a time: N = round(x · M / max|x|).
+Activations become whole numbers, a group of a row at a time: N = round(x · M / max|x|), see quantized_activation.
   rounded        M = 127, one 8-bit term: what `llmc.ir.quantized.round_activation` says, the same N bit for bit.
   not rounded    M = 127 · 256, two 8-bit terms, N = 256 · high + low: x within max|x| / 65024 of its group, where
                  bfloat16 is within |x| / 512.

@@ -9,6 +9,7 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
+from .cache_codes import LEAST_BITS
 from .machine import Machine, i64, loop, when
 from .memory import Memory
 from .product import Operands
@@ -97,7 +98,7 @@ class Group:
         """The bits of sizes are in the order of the sizes, and NaN's above them all."""
         m = self.machine
         most = m.registers(1, "int32")
-        most[0] = T.int32(0)
+        most[0] = T.int32(LEAST_BITS)
         with self.elements(self.size) as at:
             size = T.bitwise_and(T.reinterpret("int32", self.load(at)), T.int32(0x7FFFFFFF))
             most[0] = T.max(most[0], size)
@@ -106,7 +107,7 @@ class Group:
         else:
             largest = m.block_reduce(T.max, T.bind(most[0]), m.shared(THREADS // m.warp, "int32"))
         self.finite = T.bind(largest < NOT_FINITE)
-        safe = m.keep(T.reinterpret("float32", T.Select(largest > 0, largest, T.int32(0x3F800000))), "float32")
+        safe = m.keep(T.reinterpret("float32", largest), "float32")
         self.inverse = divide(m, T.float32(127), safe)
         scale = T.bind(safe * m.number(1 / 127))
         nan = T.reinterpret("float32", T.uint32(0x7FC00000))

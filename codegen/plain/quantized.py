@@ -13,9 +13,10 @@ import tvm
 from tvm.tirx.script import builder as T
 
 from llmc.ir.quantized import TABLES, Format
+from llmc.ir.quantized_cache import TINY
 
 from ..cpu.vector import Params
-from ..gpu.machine import flat, i64, kernel, loop, when, widen
+from ..gpu.machine import flat, i64, kernel, loop, widen
 from ..gpu.quantized import pack
 from ..gpu.quantized_layout import Layout
 
@@ -104,11 +105,9 @@ def _round(values: Any, depth: int, size: int, dtype: str) -> None:
     """The row `values` as llmc.ir.quantized.round_activation says it, in groups of `size`."""
     most = T.alloc_buffer((1,), "float32")
     with loop(depth // size) as group:
-        T.buffer_store(most, T.float32(0), [0])
+        T.buffer_store(most, T.float32(TINY), [0])
         with loop(size) as k:
             T.buffer_store(most, T.max(most[0], T.abs(values[group * size + k])), [0])
-        with when(most[0] == T.float32(0)):
-            T.buffer_store(most, T.float32(1), [0])
         with loop(size) as k:
             at = T.bind(group * size + k)
             code = T.nearbyint(values[at] * (T.float32(127) / most[0]))

@@ -83,7 +83,7 @@ def round_activation(x, group):
     """x [n, depth] as 8-bit integers of groups (0: rows) say it, all in float32; see llmc.ir.quantized."""
     y = x.astype(np.float32).reshape(len(x), -1, group or x.shape[1])
     most = abs(y).max(-1, keepdims=True)
-    safe = np.where(most > 0, most, np.float32(1))
+    safe = np.maximum(most, np.float32(1e-30))
     codes = np.rint(y * (np.float32(127) / safe))
     return (codes * (safe * np.float32(1 / 127))).reshape(x.shape).astype(x.dtype)
 

@@ -84,6 +84,18 @@ def test_products(name, case, rows, rounded):
     check(name, case, rows, rounded)
 
 
+@pytest.mark.parametrize("name", ["cuda:sm_90", "metal"])
+def test_activations_whose_inverse_is_infinite(name):
+    """127 / max|x| is, below 4e-37: such groups are zeros, and 1e-30 has the least scale."""
+    case, target = QuantizedCase("int8", 8, 64, "float32"), small(name)
+    kernel = quantized.matmul(target, 8, 64, format=case.format, activation="float32", out="float32", rounded=32)
+    given = case.arguments(2)
+    case.x[0] *= np.float32(1e-38)
+    case.x[1] *= np.float32(1e-31)
+    y = check_all(kernel, target, given, timeout=500)[-1]
+    assert case.largest_miss(y, x=round_activation(case.x, 32)) <= 1 and not y[0].any() and y[1].all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXECUTED)
 @pytest.mark.parametrize("format", ["int8", "int4-zp", "mxfp4"])
