@@ -43,6 +43,8 @@ def dtype_notes(programs: list[Program], facts: dict[str, Any]) -> list[str]:
     for program in programs:
         if program.target.kind != "cpu":
             why = "the checkpoint's own" if program.dtype == stored else f"the checkpoint is in {stored}"
+            if (stored, program.dtype) == ("bfloat16", "float16"):
+                why += ", whose numbers reach further than 65504: should activations overflow, a run ends with an error"
             notes.append(f"{program.target.name} computes in {program.dtype} ({why})")
     return notes
 

@@ -7,6 +7,7 @@ from queue import SimpleQueue
 
 import numpy as np
 
+from .errors import OVERFLOW
 from .sampler import GREEDY, Draw, Sampler, Sampling, TokenLogprob, best, log_sum_exp
 from .scheduler import Sequence
 from .text import Detokenizer
@@ -119,7 +120,7 @@ class Request(Job):
 
     def take(self, token: int) -> bool:
         if token < 0:
-            raise FloatingPointError("the model's logits are no numbers: it overflowed")
+            raise FloatingPointError(OVERFLOW)
         return self._go_on(token, None)
 
     def _go_on(self, token: int, logprob: TokenLogprob | None) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .errors import RequestError
+from .errors import OVERFLOW, RequestError
 
 
 class TokenLogprob(NamedTuple):
@@ -190,9 +190,7 @@ def best(logits: np.ndarray) -> int:
     """The lowest id of the highest logit."""
     token = int(logits.argmax())
     if not logits[token] > -np.inf:  # argmax finds a nan before anything else
-        raise FloatingPointError(
-            f"the model's logits are no numbers (token {token} has {logits[token]}): it overflowed"
-        )
+        raise FloatingPointError(f"{OVERFLOW} (token {token} has {logits[token]})")
     return token
 
 
