@@ -4,15 +4,17 @@
     python -m llmc.bench.quality Qwen3-0.6B/ text.txt --schemes int8,int4,auto:4.5 --windows 8
 
 The text is cut into windows; every fifth is for calibration and budgets, of the others `--windows` are measured. Rows
-go to bench/results/quality-DATE.md.
+go to bench/results/quality-DATE.md. Of a Llama, llama.cpp's own files are measured beside (`--gguf ""`: none).
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "tests" / "data" / "tiny-python"
 SCHEMES = "int8,w8a8,fp8,int4,int4:head=int4,int4-g128,int4-g32-a8,nf4-g64,mxfp4,int3-g32,auto:4.5"
+GGUF = "Q4_0,Q4_0:pure,Q8_0,Q4_K_M"
 CALIBRATED = "int4,int4:head=int4,auto:4.5"
 
 
@@ -36,10 +39,20 @@ class Row(NamedTuple):
 
 
 def table(
-    source: Path, text: Path, schemes: list[str], calibrated: list[str], count: int, length: int = 512
+    source: Path,
+    text: Path,
+    schemes: list[str],
+    calibrated: list[str],
+    count: int,
+    length: int = 512,
+    gguf: Sequence[str] = (),
 ) -> tuple[list[Row], int]:
-    """Rows, the first of which is the model as it is; and how many tokens they were measured on."""
+    """Rows, the first of which is the model as it is; and how many tokens they were measured on.
+
+    gguf: formats of llama.cpp, see gguf_writer.quantize.
+    """
     from llmc import quantization
+    from llmc.bench import gguf_writer
     from llmc.frontend import huggingface
     from llmc.quality import samples
     from llmc.quality.evaluator import Evaluator
@@ -64,6 +77,12 @@ def table(
         facts[name] = bits_of(encoded), time.perf_counter() - start
         variants[name] = Variant(encoded)
         print(f"{name}: encoded in {facts[name][1]:.1f} s", flush=True)
+    plan = quantization.plan_of(quantization.prepare(imported, "int8"))
+    for kind in gguf:
+        start = time.perf_counter()
+        for name, weights in gguf_writer.quantized(source, kind, list(plan.schemes)).items():
+            facts[name] = bits_of(weights), time.perf_counter() - start
+            variants[name] = Variant(weights)
     scores = compare(evaluator, [Window(block, first) for block in chosen], variants)
     rows = [Row("as it is", 16.0, scores[""].perplexity, 0.0, 1.0, 0.0)]
     for name, (bits, seconds) in facts.items():
@@ -114,7 +133,10 @@ def markdown(rows: list[Row], source: Path, text: Path, tokens: int, date: str) 
         "are int8 where the scheme has fewer bits and head= does not say otherwise. The ratio is of perplexities, to "
         "the model with its own weights (float32 activations); KL is the mean divergence from that model, in nats; "
         "top is how often both find the same token likeliest. Calibrated weights are rounded to second order on other "
-        "windows of the same text, every fifth; budgets (auto) are spent on four of these."
+        "windows of the same text, every fifth; budgets (auto) are spent on four of these. llama.cpp's rows are the "
+        "weights of its own files (in brackets: matrices by type), multiplied as they are, and (a8) with activations "
+        "rounded to 8 bits in groups of 32 (K types: 256) as its CPU products round them; pure: embedding and head are "
+        "Q4_0 too. From so many tokens a ratio is known to about ± √(2 KL / tokens)."
     )
     lines = [
         f"# Quality of quantized weights, {date}",
@@ -139,11 +161,16 @@ def main() -> None:
     parser.add_argument("text", nargs="?", type=Path, default=TINY / "heldout.txt", help="a text file")
     parser.add_argument("--schemes", default=SCHEMES, help="joined by commas")
     parser.add_argument("--calibrated", default=CALIBRATED, help="schemes to calibrate too, joined by commas")
+    parser.add_argument("--gguf", default=GGUF, help="formats of llama.cpp, joined by commas; :pure: of all matrices")
     parser.add_argument("--windows", type=int, default=12, help="windows that are measured")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results", help="folder of the table")
     given = parser.parse_args()
-    schemes, calibrated = (list(filter(None, names.split(","))) for names in (given.schemes, given.calibrated))
-    rows, tokens = table(given.source, given.text, schemes, calibrated, given.windows)
+    asked = (given.schemes, given.calibrated, given.gguf)
+    schemes, calibrated, gguf = (list(filter(None, names.split(","))) for names in asked)
+    missing = [name for name in ("gguf", "llama_cpp") if gguf and importlib.util.find_spec(name) is None]
+    if missing:
+        parser.error(f"--gguf: expected the packages of llmc[peers], found no {missing[0]}; --gguf '' does without")
+    rows, tokens = table(given.source, given.text, schemes, calibrated, given.windows, gguf=gguf)
     date = datetime.date.today().isoformat()
     page = markdown(rows, given.source, given.text, tokens, date)
     (given.output / f"quality-{date}.md").write_text(page)
