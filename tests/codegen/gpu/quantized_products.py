@@ -81,7 +81,8 @@ def stored_groups(x, format, depth):
 
 def round_activation(x, group):
     """x [n, depth] as 8-bit integers of groups (0: rows) say it, all in float32; see llmc.ir.quantized."""
-    y = x.astype(np.float32).reshape(len(x), -1, group or x.shape[1])
+    depth = group or x.shape[1]
+    y = x.astype(np.float32).reshape(len(x), x.shape[1] // depth, depth)  # there may be no rows
     most = abs(y).max(-1, keepdims=True)
     safe = np.maximum(most, np.float32(1e-30))
     codes = np.rint(y * (np.float32(127) / safe))
