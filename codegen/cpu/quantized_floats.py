@@ -53,29 +53,45 @@ class DequantizingProduct(QuantizedProduct, FloatProduct):  # type: ignore[misc]
         layout, format = self.layout, self.format
         words, scales, zeros = layout.views(list(w))
         v, vectors = Vector(layout.lanes), range(layout.vectors)
+        e4m3 = format.table == "e4m3"
+        whole_row = not format.group  # has one scale, which its sum is multiplied by
+        nan = v.broadcast(T.reinterpret("float32", T.int32(0x7FC00000)))
+
+        def number(codes: Any, zero: Any) -> Any:
+            return quantized_numbers.e4m3(v, codes) if e4m3 else quantized_numbers.number(v, format, codes, zero)
 
         def micro(size: int, first: Any) -> None:
             start = T.bind((base + first) * self.elements)
             sums = [[v.register(v.const(0.0)) for _ in vectors] for _ in range(size)]
+            none = [v.register(v.iconst(0), "int32") for _ in vectors if e4m3]  # not 0 where a code is no number
             with loop(0, -(-self.depth // RUN)) as run:
                 group = T.floordiv(run * RUN, T.int64(format.group)) if format.group else T.int64(0)
                 codes, scale, zero = [], [], []
                 for j in vectors:
                     where = [*lead, p, group, j, 0]
                     codes.append(layout.step(words, lead, p, run, 0, j, aligned=False))
-                    scale.append(layout.scale(scales, where, v))
+                    scale.append(None if whole_row else layout.scale(scales, where, v))
                     zero.append(None if zeros is None else T.bind(T.Cast(v.i32, zeros.vload(where, v.dtype("uint8")))))
+                for j, found in enumerate(none):
+                    found.set(T.bitwise_or(found.get(), quantized_numbers.not_e4m3(v, codes[j])))
                 for e in range(RUN):
                     weights = []
                     for j in vectors:
                         code = T.bitwise_and(T.shift_right(codes[j], v.iconst(8 * e)), v.iconst(255))
-                        weights.append(T.bind(quantized_numbers.number(v, format, T.bind(code), zero[j]) * scale[j]))
+                        value = number(T.bind(code), zero[j])
+                        weights.append(value if whole_row else T.bind(value * scale[j]))
                     for r, row in enumerate(sums):
                         a = T.bind(v.broadcast(blocks[start + (run * size + r) * RUN + e]))
                         for j in vectors:
                             row[j].set(v.fma(weights[j], a, row[j].get()))
-            for r in range(size):
-                for j in vectors:
-                    v.store(tile, sums[r][j].get(), [first + r, T.int64(j * v.lanes)])
+            for j in vectors:
+                last = layout.scale(scales, [*lead, p, T.int64(0), j, 0], v) if whole_row else None
+                for r in range(size):
+                    total = sums[r][j].get()
+                    if whole_row:
+                        total = T.bind(total * last)
+                    if e4m3:
+                        total = T.bind(T.Select(none[j].get() == v.iconst(0), total, nan))
+                    v.store(tile, total, [first + r, T.int64(j * v.lanes)])
 
         self.by_block(rows, micro)

@@ -57,15 +57,8 @@ def text(format: Format, lanes: int) -> str:
 def number(v: Vector, format: Format, codes: Any, zero: Any = None) -> Any:
     """float32 lanes of codes in int32 lanes; zero: those of their groups, in int32 lanes, if the format has them."""
     if format.table == "e4m3":
-        # The seven low bits are those of a float16 with a bias larger by 8.
-        magnitude = T.bitwise_and(codes, v.iconst(0x7F))
-        half = T.bitwise_or(
-            T.shift_left(T.bitwise_and(codes, v.iconst(0x80)), v.iconst(8)), T.shift_left(magnitude, v.iconst(7))
-        )
-        half = T.reinterpret(v.dtype("float16"), T.Cast(v.dtype("uint16"), half))
-        value = T.Cast(v.f32, half) * v.const(256.0)
         nan = v.broadcast(T.reinterpret("float32", T.int32(0x7FC00000)))
-        return T.bind(T.Select(magnitude == v.iconst(0x7F), nan, value))
+        return T.bind(T.Select(T.bitwise_and(codes, v.iconst(0x7F)) == v.iconst(0x7F), nan, e4m3(v, codes)))
     if format.table:
         return T.bind(T.call_extern(v.f32, _name(format, v.lanes), codes))
     if zero is not None:
@@ -73,6 +66,20 @@ def number(v: Vector, format: Format, codes: Any, zero: Any = None) -> Any:
     elif format.offset:
         codes = codes - v.iconst(format.offset)
     return T.bind(T.Cast(v.f32, codes))
+
+
+def e4m3(v: Vector, codes: Any) -> Any:
+    """float32 lanes of E4M3 codes that are numbers; 480 for those that are none."""
+    # Its exponent and mantissa are those of a float32 with a bias larger by 120, subnormal numbers too.
+    up = T.shift_right(T.shift_left(codes, v.iconst(24)), v.iconst(4))
+    small = T.reinterpret(v.f32, T.bitwise_and(up, v.iconst(0x87F00000 - (1 << 32))))
+    return T.bind(small * v.const(2.0**120))
+
+
+def not_e4m3(v: Vector, bytes: Any) -> Any:
+    """int32 lanes that are not 0 where one of four E4M3 codes, the bytes of a lane, is no number."""
+    carried = T.bitwise_and(bytes, v.iconst(0x7F7F7F7F)) + v.iconst(0x01010101)
+    return T.bind(T.bitwise_and(carried, v.iconst(0x80808080 - (1 << 32))))
 
 
 def _name(format: Format, lanes: int) -> str:

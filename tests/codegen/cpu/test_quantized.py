@@ -212,6 +212,28 @@ def test_what_is_no_number_never_becomes_one(isolated):
         assert finite == [True, False, False, True], f"{target} {options}"
 
 
+def run_codes_of_none():
+    """Which outputs are numbers where codes of E4M3 in some columns are none, also where activations are zeros."""
+    from llmc.codegen.cpu import quantized
+    from llmc.ir.quantized import Format
+
+    found = []
+    for target, group in zip(native.targets() * 2, (0, 32), strict=False):
+        options = {"bits": 8, "group": group, "table": "e4m3", "scale": "float32"}
+        parts = random_parts(options, (40, 64))
+        parts["codes"][3, 62], parts["codes"][37, 1] = E4M3_NAN
+        kernel = native.build(quantized.matmul(target, 40, 64, format=Format(**options)), target)
+        y = np.zeros((2, 40), np.float32)
+        kernel(np.stack([np.zeros(64), np.ones(64)]).astype(np.float32), *packed(target, options, parts), y)
+        found.append((target.name, group, np.flatnonzero(~np.isfinite(y)).tolist()))
+    return found
+
+
+def test_codes_that_are_no_numbers_make_their_columns_none(isolated):
+    for target, group, none in isolated(run_codes_of_none):
+        assert none == [3, 37, 43, 77], f"{target}, groups of {group}"
+
+
 def code_at(options, stored, target, row, k):
     """A code read from the packed bytes by the layout's description."""
     vectors = 4 if target.lanes == 4 else 2
