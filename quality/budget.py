@@ -9,7 +9,7 @@ of groups are taken to add up.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -194,15 +194,39 @@ class Rows:
     def encoded(self, scheme: Scheme) -> Tried:
         return Tried(self, scheme)
 
+    def sample(self) -> np.ndarray:
+        """Rows all over the weight, read one by one, or matrix by matrix of many."""
+        *others, columns, _ = self.tensor.shape
+        if self.turned and not others:
+            whole = self.read()
+            return whole[picked(len(whole))]
+        per_matrix = self.tensor.shape[-1] if self.turned else columns
+        found = []
+        for first, rows in grouped(picked(math.prod(others) * per_matrix), per_matrix if others else 1):
+            one = np.asarray(self.tensor.read(first, first + 1)).astype(np.float32)
+            one = one.swapaxes(-1, -2) if self.turned else one
+            found.append(one.reshape(-1, one.shape[-1])[rows])
+        return np.concatenate(found)
+
     def error(self, scheme: Scheme) -> float:
         """Squared error of the weight in a scheme, from rows all over it."""
         if scheme.name not in self.errors:
-            rows = self.read()
-            rows = rows.reshape(-1, rows.shape[-1])
-            some = rows[np.unique(np.linspace(0, len(rows) - 1, ROWS).astype(int))]
+            some = self.sample()
+            count = math.prod(self.tensor.shape) // some.shape[1]
             found = decode(scheme.format(some.shape[1]), *scheme.encode(some).values())
-            self.errors[scheme.name] = float(((found - some).astype(np.float64) ** 2).sum()) * len(rows) / len(some)
+            self.errors[scheme.name] = float(((found - some).astype(np.float64) ** 2).sum()) * count / len(some)
         return self.errors[scheme.name]
+
+
+def picked(count: int) -> np.ndarray:
+    """Numbers of ROWS rows of so many, evenly."""
+    return np.unique(np.linspace(0, count - 1, ROWS).astype(int))
+
+
+def grouped(rows: np.ndarray, size: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Rows by the group of `size` in which they are: its number, and their numbers in it."""
+    for group in np.unique(rows // size):
+        yield int(group), rows[rows // size == group] % size
 
 
 class Tried:

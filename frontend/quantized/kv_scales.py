@@ -1,4 +1,11 @@
-"""Scales for a cache in 8-bit floats, as some quantized checkpoints have them: one for keys, one for values a layer."""
+"""Scales for a cache in 8-bit floats, as some quantized checkpoints have them: one for keys, one for values a layer.
+
+They are read and not used. Such a scale was measured on some text after training, for kernels whose cache has no room
+for scales; nothing in the weights depends on it. A cache here has a scale for each token and head, with which the
+largest number of a vector is always the largest that a code can say: a fixed one can only cut off what is larger than
+the text that it was measured on had, or leave small vectors to the few codes next to zero. What it would save are the
+scales themselves, 4 bytes a vector.
+"""
 
 import re
 

@@ -1,16 +1,19 @@
 """Budgets: they are kept, they are spent where the damage is, and weights that are fused agree."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from llmc.ir.decode import decode
 from llmc.ir.errors import CompileError
 from llmc.passes import schemes
-from llmc.quality.budget import Choice, choose, groups, hull, spend
+from llmc.quality.budget import Choice, Rows, choose, groups, hull, spend
 from llmc.quality.evaluator import Evaluator
 from llmc.quality.measure import Variant, compare, windows
 from tests.decoders import Decoder
 from tests.quality.test_calibrate import encoded
-from tests.quality.test_part import Experts, lazy
+from tests.quality.test_part import Experts, Lazy, lazy
 
 INT4, INT8 = schemes.parse("int4"), schemes.parse("int8")
 
@@ -95,3 +98,20 @@ def test_a_budget_below_everything_is_refused():
     text = windows(np.arange(8), 8)
     with pytest.raises(CompileError, match=r"quantize='auto:2': expected a budget of at least \d\.\d+ bits a weight"):
         spend(evaluator, text, ["layers.0.mlp.down_proj.weight"], 2)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("shape", [(1000, 16), (300, 16), (5, 200, 16)])
+def test_errors_are_estimated_on_rows_from_all_over_a_weight(shape, turned):
+    weight = np.random.default_rng(0).standard_normal(shape).astype("float32")
+    stored = Lazy(weight.swapaxes(-1, -2) if turned else weight)
+    reads = []
+    stored.read = lambda start=0, stop=None: reads.append((start, stop)) or Lazy.read(stored, start, stop)
+    use = SimpleNamespace(weight="w", product=SimpleNamespace(turned=turned, kind="linear"))
+    rows = Rows(SimpleNamespace(uses=lambda: [use], weights={"w": stored}), "w")
+    flat = weight.reshape(-1, 16)
+    some = flat[np.unique(np.linspace(0, len(flat) - 1, 512).astype(int))]
+    np.testing.assert_array_equal(rows.sample(), some)
+    assert (turned and len(shape) == 2) or all(stop == start + 1 for start, stop in reads)
+    error = ((decode(INT4.format(16), *INT4.encode(some).values()) - some) ** 2).sum() * len(flat) / len(some)
+    assert rows.error(INT4) == pytest.approx(error, rel=1e-4)
