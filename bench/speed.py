@@ -52,6 +52,7 @@ QUANTIZED = {
     "llmc-int8": _ALL,
     "llmc-w8a8": _SHORT,
     "llama.cpp-Q4_0": _ALL,
+    "llama.cpp-Q4_0:pure": _SHORT,
     "llama.cpp-Q8_0": _ALL,
     "ctranslate2-int8": _SHORT,
     "onnxruntime-genai-int4": _SHORT,
@@ -131,7 +132,7 @@ def prepare(work: Path, shape: str, engines: list[str]) -> dict[str, Path]:
             whole = work / f"{shape}-F16.gguf"
             if not whole.exists():
                 gguf_writer.write(folder, whole)
-            paths[engine] = work / f"{shape}-{kind}.gguf" if kind else whole
+            paths[engine] = work / f"{shape}-{kind.replace(':', '-')}.gguf" if kind else whole
             if not paths[engine].exists():
                 gguf_writer.quantize(whole, kind, paths[engine], cores())
         elif engine.startswith("ctranslate2"):
