@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 import llmc
-from llmc.inspection import quality_lines
+from llmc.inspection import calibration_lines, quality_lines
 
 app = typer.Typer(
     name="llmc",
@@ -68,7 +68,8 @@ def compile(
     dtype: Annotated[str | None, typer.Option(help="Compute dtype of activations: float32, bfloat16, float16.")] = None,
     weights: Annotated[str, typer.Option(help="'load', or 'random': seeded, made at load, never stored.")] = "load",
     calibrate: Annotated[
-        Path | None, typer.Option(help="A text: weights are rounded by what products read of it.")
+        Path | None,
+        typer.Option(help="A text: weights are scaled (AWQ) and rounded (GPTQ) by what products read of it."),
     ] = None,
     quality: Annotated[
         str | None,
@@ -102,7 +103,8 @@ def compile(
     if as_json:
         print_json({"path": str(path), **report.to_dict()})
     else:
-        for line in quality_lines(report.to_dict()["model"].get("quality")):
+        model = report.to_dict()["model"]
+        for line in calibration_lines(model.get("calibration")) + quality_lines(model.get("quality")):
             print(line, file=sys.stderr)
         for note in report.notes:
             print(f"note: {note}", file=sys.stderr)

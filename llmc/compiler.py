@@ -60,7 +60,8 @@ def compile(
     dtype       compute dtype of activations: float32, bfloat16, float16. Default: float32 on a CPU; on a GPU the
                 checkpoint's own where the target multiplies it, else float16
     weights     "load", or "random": seeded, made at load, never stored (benchmarks without a checkpoint)
-    calibrate   a text file: weights are rounded by what their products read when the model reads it (GPTQ)
+    calibrate   a text file: weights are scaled (AWQ) and rounded (GPTQ) by what their products read when the model
+                reads it, each only where that is better on a part of the text that was kept to check with
     quality     a text file on which the quantized program is compared with the unquantized one; default: a bundled page
                 if the tokenizer reads it; "none": not measured
     verify      evaluate the program after every pass against the imported one

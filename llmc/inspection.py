@@ -34,6 +34,7 @@ class ArtifactReport:
             f"up to {model.get('max_context')} tokens",
             f"dtype     {model.get('dtype')} activations over {model.get('checkpoint_dtype')} weights",
             *_quantization(model.get("quantization")),
+            *calibration_lines(model.get("calibration")),
             *quality_lines(model.get("quality")),
             f"memory    weights {_size(manifest.memory['weights_bytes'])}, "
             f"cache {_size(manifest.memory['cache_bytes_per_token'])} a token{_cache_words(model)}",
@@ -87,6 +88,22 @@ def _quantization(facts: dict[str, Any] | None) -> list[str]:
         shown = ", ".join(names[:3]) + (", …" if names[3:] else "")
         lines.append(f"  kept    {len(names)} as they are ({reason}): {shown}")
     return lines
+
+
+# How the rows of calibrated weights are rounded, see quality.gptq.WAYS.
+_WAYS = {"plain": "by themselves", "weighted": "by how large inputs are", "second order": "to second order (GPTQ)"}
+
+
+def calibration_lines(facts: dict[str, Any] | None) -> list[str]:
+    """What calibration chose, see quality.calibrate.Calibration."""
+    if not facts:
+        return []
+    count = max(sum(facts["rows"].values()), 1)
+    ways = ", ".join(f"{rows / count:.0%} {_WAYS[way]}" for way, rows in facts["rows"].items())
+    return [
+        f"calibrated on {facts['text']}: rows rounded {ways}; "
+        f"inputs scaled (AWQ) of {len(facts['scaled'])} of {facts['weights']} weights"
+    ]
 
 
 def quality_lines(facts: dict[str, Any] | None) -> list[str]:

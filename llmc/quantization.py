@@ -105,6 +105,7 @@ class Plan:
                 depth = weight.shape[-2 if name in self.transposed else -1]
                 format = self.schemes[name].format(depth)
                 own = format.bits_per_weight(depth)
+                bits += 32 * depth if f"{name}:inverse_scale" in used else 0
                 formats.setdefault(str(format), []).append(name)
                 kept.pop(name, None)
             elif name in self.schemes:
@@ -239,7 +240,7 @@ class EncodedWeights(Mapping):
             raise KeyError(name)
         weight = vars(self.weights[base])
         if isinstance(weight.get("parts"), Mapping):
-            return weight["order"] if part == "order" else weight["parts"][part]
+            return weight[part] if part in ("order", "inverse_scale") else weight["parts"][part]
         return _Part(self.encoding(base), part)
 
     def __iter__(self) -> Iterator[str]:

@@ -22,8 +22,8 @@ AFFORDED, FEWEST, LONGEST = 1e12, 64, 512
 def refined(
     doors: dict[str, Any], request: Any, folder: Path, report: Progress
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """-> (the doors with budgets spent and weights calibrated, facts for the manifest: "quality", or "notes" on why
-    there is none).
+    """-> (the doors with budgets spent and weights calibrated, facts for the manifest: "calibration"; "quality", or
+    "notes" on why there is none).
 
     doors: compute dtype -> imported model with EncodedWeights. Each weight is encoded once, into `folder`/encoded (a
     byte a weight, and its scales), where what is done outlives an interruption; it is removed at the end. Of the
@@ -56,19 +56,23 @@ def refined(
     spill, program = Spill(folder / "encoded"), textbook(imported)
     if budget is not None:
         text = calibrate or (None if quality == NONE else quality)
-        chosen = spill.once("schemes", lambda: spent(program, imported, plan, budget, text, report))
+        aside = scalable(program) if calibrate is not None else []
+        chosen = spill.once("schemes", lambda: spent(program, imported, plan, budget, text, aside, report))
         plan = replace(plan, schemes={name: schemes.parse(scheme) for name, scheme in chosen.items()})
     encoded = quantization.EncodedWeights(imported.weights.weights, plan, spill=spill)
     own: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     if calibrate is not None:
-        own = calibrated(program, imported, encoded, calibrate, spill, report)
+        calibration = calibrated(program, imported, encoded, calibrate, spill, report)
+        own, plan = calibration.weights, replace(plan, schemes=calibration.schemes(plan.schemes))
         encoded = quantization.EncodedWeights({**imported.weights.weights, **own}, plan, spill=spill)
+        facts = {"calibration": {"text": str(calibrate)} | calibration.facts()}
     found = spill.once("quality", lambda: measured(program, imported, encoded, quality, report))
     kept = spill if own or "quality" in found else None  # what nobody has read is read once, into the artifact
     for dtype, door in doors.items():
         weights = quantization.EncodedWeights({**door.weights.weights, **own}, plan, spill=kept)
         doors = doors | {dtype: replace(door, weights=weights)}
-    yield doors, found
+    yield doors, facts | found
     spill.remove()
 
 
@@ -97,10 +101,23 @@ def tokens_of(imported: Any, file: str | Path | None) -> Any:
     return samples.read_text(imported.files, name, text)
 
 
+def scalable(program: Any) -> list[str]:
+    """Weights whose inputs can be scaled by the kernel that computes them."""
+    from llmc.passes.weight_uses import weight_uses
+
+    return [name for name, use in weight_uses(program).items() if use.rowwise]
+
+
 def spent(
-    program: Any, imported: Any, plan: Any, budget: float, file: str | Path | None, report: Progress
+    program: Any,
+    imported: Any,
+    plan: Any,
+    budget: float,
+    file: str | Path | None,
+    scalable: list[str],
+    report: Progress,
 ) -> dict[str, str]:
-    """The name of the scheme of every weight of a plan, within a budget of bits a weight."""
+    """The name of the scheme of every weight of a plan, within a budget of bits a weight; see quality.budget.spend."""
     from llmc.quality import samples
     from llmc.quality.budget import spend
     from llmc.quality.evaluator import Evaluator
@@ -116,11 +133,11 @@ def spent(
     first = max(1, len(tokens.prefix))
     chosen = [Window(ids, first) for ids in samples.spread(tokens, length, max(1, min(4, afforded // length)))]
     done = lambda share: report("spending the budget", share)  # noqa: E731
-    found = spend(evaluator, chosen, list(plan.schemes), budget, report=done)
+    found = spend(evaluator, chosen, list(plan.schemes), budget, scalable=scalable, report=done)
     return {name: scheme.name for name, scheme in found.items()}
 
 
-def calibrated(program: Any, imported: Any, encoded: Any, file: str | Path, spill: Any, report: Progress) -> dict:
+def calibrated(program: Any, imported: Any, encoded: Any, file: str | Path, spill: Any, report: Progress) -> Any:
     """The weights of a plan, encoded by what their products read of a text."""
     from llmc.quality import samples
     from llmc.quality.calibrate import calibrate
@@ -138,7 +155,9 @@ def calibrated(program: Any, imported: Any, encoded: Any, file: str | Path, spil
         evaluator,
         sequences,
         encoded.plan.schemes,
+        scalable=scalable(program),
         keep=keep,
+        once=spill.once,
         find=lambda name: spill.find(name, encoded.kinds(name)),
         report=lambda done: report("calibrating", done),
     )
@@ -189,4 +208,12 @@ def decoded(name: str, encoded: Any, weight: Any) -> Any:
     depth = weight.shape[-2 if turned else -1]
     scheme = encoded.plan.schemes[name]
     parts = {part: encoded[f"{name}:{part}"] for part in encoded.kinds(name)}
-    return Encoded(scheme.format(depth), parts, activation=scheme.rounding(depth), turned=turned)
+    inverse = encoded[f"{scheme.scaled}:inverse_scale"] if scheme.scaled else None
+    return Encoded(
+        scheme.format(depth),
+        parts,
+        activation=scheme.rounding(depth),
+        turned=turned,
+        scaled=scheme.scaled,
+        inverse_scale=inverse,
+    )

@@ -53,7 +53,7 @@ class Spill:
 
     def once(self, fact: str, make: Callable[[], Any]) -> Any:
         """A fact that JSON can hold, made if it is not there yet."""
-        path = self.folder / f"{fact}.json"
+        path = self.folder / f"{quote(fact, safe='')}.json"
         if path.is_file():
             return json.loads(path.read_text())
         made = make()

@@ -28,8 +28,9 @@ class QuantizeWeights:
         x = take(w, tokens)              -> x = take(dequantize(w:codes, w:scales), tokens)
         y = expert_linear(x, w, ids)     -> y = expert_linear(x, dequantize(w:codes, w:scales), ids)    [e, o, i]
 
-    Parts are of rows [o, i] whichever way the parameter lies. With scheme.activation products read round_activation(x),
-    once for all products of x; with scheme.ordered they read x in the order of a parameter w:order [i].
+    Parts are of rows [o, i] whichever way the parameter lies. Products read round_activation(x) with scheme.activation,
+    x in the order of a parameter w:order [i] with scheme.ordered, and with scheme.scaled multiply(x, w:inverse_scale),
+    in float32: one more factor in the kernel that makes x. Of what products of x have in common there is one.
 
     Keeps: the values of the program whose weights are those that dequantize gives, but for what round_activation does.
     Leaves alone: weights without a scheme, and those that anything but such ops read.
@@ -49,6 +50,8 @@ class _Quantizer(Rewriter):
         self.schemes, self.uses = schemes, uses
         self.sites = {call: name for name in schemes for call in uses[name].sites}
         self.parts: dict[str, dict[str, relax.Var]] = {}
+        self.inverse: dict[str, relax.Var] = {}  # factors of activations, by the weight they are named after
+        self.names: list[str] = []
         self.rows: dict[str, relax.Var] = {}  # weight -> what is dequantized
         self.read: dict[tuple, relax.Expr] = {}  # activations as products of quantized weights read them
 
@@ -57,6 +60,7 @@ class _Quantizer(Rewriter):
         for name, param in weights_of(self.old).items():
             if name not in self.schemes:
                 made.append(param)
+                self.names.append(name)
                 continue
             scheme, rows = self.schemes[name], self.uses[name].rows
             kinds = scheme.format(rows[-1]).parts(rows)
@@ -67,11 +71,16 @@ class _Quantizer(Rewriter):
                 for part, (shape, dtype) in kinds.items()
             }
             made += self.parts[name].values()
+            self.names += [f"{name}:{part}" for part in self.parts[name]]
+            if scheme.scaled and scheme.scaled not in self.inverse:
+                inverse = relax.Var(f"{param.name}_inverse_scale", relax.TensorType(list(rows[-1:]), "float32"))
+                self.inverse[scheme.scaled] = inverse
+                made.append(inverse)
+                self.names.append(f"{scheme.scaled}:inverse_scale")
         return [*old[:count], *made]
 
     def attrs(self, old):
-        names = [[f"{n}:{p}" for p in self.parts[n]] if n in self.parts else [n] for n in weights_of(self.old)]
-        return old | {"llmc.weights": [name for group in names for name in group]}
+        return old | {"llmc.weights": self.names}
 
     def rewrite(self, var, value):
         if value not in self.sites:
@@ -98,8 +107,13 @@ class _Quantizer(Rewriter):
         return self.emit(R.permute_dims(w, [*range(rank - 2), rank - 1, rank - 2])) if turned else w
 
     def activation(self, name: str, scheme: Scheme, old: relax.Expr) -> relax.Expr:
-        """What a product reads: in the weight's order, in 8 bits, if its scheme says so."""
+        """What a product reads: scaled, in the weight's order, in 8 bits, if its scheme says so."""
         x, depth = self.get(old), self.uses[name].rows[-1]
+        if scheme.scaled:
+            scaled = (x, scheme.scaled)
+            if scaled not in self.read:
+                self.read[scaled] = self.times(x, self.inverse[scheme.scaled])
+            x = self.read[scaled]
         if scheme.ordered:
             x = self.emit(R.take(x, self.parts[name]["order"], axis=len(x.ty.shape) - 1, mode="fast"))
         group = scheme.rounding(depth)
@@ -109,6 +123,12 @@ class _Quantizer(Rewriter):
         if key not in self.read:
             self.read[key] = self.rounded(x, group)
         return self.read[key]
+
+    def times(self, x: relax.Expr, factor: relax.Var) -> relax.Expr:
+        """x by a factor for each of its columns, in x's dtype, rounded once."""
+        dtype = dtype_of(x)
+        y = self.emit(R.multiply(x if dtype == "float32" else self.emit(R.astype(x, "float32")), factor))
+        return y if dtype == "float32" else self.emit(R.astype(y, dtype))
 
     def rounded(self, x: relax.Expr, group: int) -> relax.Expr:
         shape = list(x.ty.shape)

@@ -36,6 +36,8 @@ def fake_quantized(
         if schemes[name].ordered:
             ordered, found = found, np.empty_like(found)
             found[..., weights[f"{name}:order"]] = ordered
+        if schemes[name].scaled:
+            found = found * weights[f"{schemes[name].scaled}:inverse_scale"]
         fake[name] = found.swapaxes(-1, -2) if uses[name].transposed else found
     return _Widened(before, set(fake)).run(), fake
 

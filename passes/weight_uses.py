@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import tvm
 from tvm import relax
@@ -22,6 +23,8 @@ class Use:
     roles       of "product", "head" (a product whose results are logits), "router" (one that picks experts), "experts",
                 "embedding" (a lookup of tokens), "table" (a lookup of anything else)
     sites       the calls that read it
+    rowwise     all of what its products multiply it with is computed number by number or row by row, so that the kernel
+                that does so can take one more factor: neither another product nor an attention gives it as it is
     other       an op that kernels over quantized weights do not know, if there is one
     """
 
@@ -30,6 +33,7 @@ class Use:
     transposed: bool = False
     roles: set[str] = field(default_factory=set)
     sites: list[relax.Call] = field(default_factory=list)
+    rowwise: bool = True
     other: str | None = None
 
     @property
@@ -98,6 +102,7 @@ class _Uses:
             else:
                 _, role, columns_last = read
                 use.see(role, turned != columns_last, value)
+                use.rowwise &= self.rowwise(value.args[0])
 
     def read(self, value: relax.Expr) -> tuple[relax.Var, str, bool] | None:
         """The weight that a call reads, in what role, and whether as [..., i, o]; None for a call of another kind."""
@@ -110,6 +115,13 @@ class _Uses:
         if op_of(self.module, value) == "expert_linear" and value.args[0] not in self.derived:
             return value.args[1], "experts", bool(attributes_of(self.module, value)["transposed"])
         return None
+
+    def rowwise(self, x: relax.Expr) -> bool:
+        """Is x computed, whatever moves it then, by an op that is neither a product nor a semantic one?"""
+        value: Any = self.bound.get(x)
+        while op_name(value) in _MOVES:
+            value = self.bound.get(value.args[0])
+        return op_name(value) not in (None, "matmul")
 
     def mark(self, result: relax.Expr, role: str) -> None:
         """Give `role` to the weights of the products that `result` is made of, through no other product."""
@@ -126,6 +138,10 @@ class _Uses:
                 self.derived[value.args[1]][0].roles.add(role)
             elif op_of(self.module, value) is None:
                 todo += variables(value)
+
+
+# Ops that hand on what another has computed.
+_MOVES = {"astype", "expand_dims", "flatten", "permute_dims", "repeat", "reshape", "squeeze", "take"}
 
 
 def _turns(value: relax.Call) -> bool:

@@ -9,7 +9,7 @@ of groups are taken to add up.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -85,10 +85,12 @@ def spend(
     names: Sequence[str],
     bits: float,
     *,
+    scalable: Collection[str] = (),
     report: Callable[[float], None] | None = None,
 ) -> dict[str, Scheme]:
     """A scheme for every weight of `names`: at most `bits` a weight, all of them and their scales counted together.
 
+    scalable: weights whose inputs a calibration may scale afterwards; 32 bits an input are put aside for that.
     The mixture is measured on the windows against every single scheme that the budget allows, and the best is taken.
     CompileError where not even the smallest schemes fit.
     """
@@ -112,6 +114,7 @@ def spend(
         unit = max(scores[str(k)].mean_divergence, 0.0) / max(group_error(group, probe, matrices), 1e-30)
         tables.append([Choice(s, group.bits(s), unit * group_error(group, s, matrices)) for s in schemes])
     limit = bits * sum(group.size for group in found)
+    limit -= sum(32 * group.shapes[0][1] for group in found if set(group.names) <= set(scalable))
     mixed = choose(tables, limit, bits, sum(group.size for group in found))
     plans = {"mixed": {name: choice.scheme for g, choice in zip(found, mixed, strict=True) for name in g.names}}
     for scheme in schemes:

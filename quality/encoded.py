@@ -30,14 +30,24 @@ class Encoded:
     parts       tensors of codes, scales and (if the format has them) zeros, of a weight [..., o, i]
     activation  the group in which its products' activations are rounded to 8 bits; None: they are not
     turned      the parameter is [..., i, o]
+    scaled      the weight that its inputs' factors are named after (see Scheme.scaled); "": they have none
+    inverse_scale  these factors, float32 [i]
     shape       of the parameter; read(start, stop) gives float32 rows of it
     """
 
     def __init__(
-        self, format: Format, parts: Mapping[str, Any], *, activation: int | None = None, turned: bool = False
+        self,
+        format: Format,
+        parts: Mapping[str, Any],
+        *,
+        activation: int | None = None,
+        turned: bool = False,
+        scaled: str = "",
+        inverse_scale: Any = None,
     ):
         self.format, self.parts, self.activation, self.turned = format, dict(parts), activation, turned
         self.dtype, self.order = "float32", None
+        self.scaled, self.inverse_scale = scaled, inverse_scale
         *others, o, i = self.parts["codes"].shape
         self.shape = (*others, i, o) if turned else (*others, o, i)
 
@@ -56,6 +66,7 @@ class Encoded:
         rows = slice(None) if self.turned and len(self.shape) == 2 else slice(start, stop)
         first, last = rows.start or 0, self.parts["codes"].shape[0] if rows.stop is None else rows.stop
         weight = decode(self.format, *(part.read(first, last) for part in self.parts.values()))
+        weight = weight if self.inverse_scale is None else weight * self.inverse_scale.read()
         if not self.turned:
             return weight
         weight = weight.swapaxes(-1, -2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +11,11 @@ from llmc.ir.decode import decode
 from llmc.ir.quantized import TABLES, Format
 from llmc.passes.schemes import Scheme
 
-__all__ = ["DAMPINGS", "Hessian", "error_of", "gptq"]
+__all__ = ["DAMPINGS", "WAYS", "Hessian", "error_of", "gptq"]
 
 # Of the mean of the Hessian's diagonal, added to it: GPTQ's own choice, and one for inputs that say little of others.
 DAMPINGS = (0.01, 0.3)
+WAYS = ("plain", "weighted", "second order")  # a scheme's search, alike for all inputs or by their size; or GPTQ
 BLOCK = 128  # columns that are rounded before the rest of the row is mended
 SLICE = 1 << 22  # weights that are rounded at a time
 
@@ -23,12 +25,28 @@ class Hessian:
 
     def __init__(self, depth: int):
         self.matrix = np.zeros((depth, depth))
+        self.absolute = np.zeros(depth)
         self.count = 0
+        self.factors: dict[float, np.ndarray] = {}
 
     def add(self, x: np.ndarray) -> None:
         """Inputs [s, i] float32; sums of one call are in float32, sums of calls in float64."""
         self.matrix += x.T @ x
+        self.absolute += np.abs(x).sum(axis=0)
         self.count += len(x)
+        self.factors.clear()
+
+    def scaled(self, inverse: np.ndarray) -> Hessian:
+        """That of the same inputs, each multiplied by a number: inverse [i]."""
+        found, factor = Hessian(len(inverse)), inverse.astype(np.float64)
+        found.matrix = self.matrix * factor * factor[:, None]
+        found.absolute, found.count = self.absolute * factor, self.count
+        return found
+
+    @property
+    def size(self) -> np.ndarray:
+        """The mean of |x| [i] float32."""
+        return (self.absolute / max(self.count, 1)).astype(np.float32)
 
     @property
     def importance(self) -> np.ndarray | None:
@@ -38,12 +56,16 @@ class Hessian:
 
     def inverse_factor(self, damping: float) -> np.ndarray:
         """Upper U with UᵀU = (H + damping)⁻¹; inputs that never occur count as much as the damping."""
-        mean = float(np.mean(np.diag(self.matrix))) or 1.0
-        damped = self.matrix + np.eye(len(self.matrix)) * (damping * mean)
-        return np.linalg.cholesky(np.linalg.inv(damped)).T
+        if damping not in self.factors:
+            mean = float(np.mean(np.diag(self.matrix))) or 1.0
+            damped = self.matrix + np.eye(len(self.matrix)) * (damping * mean)
+            self.factors[damping] = np.linalg.cholesky(np.linalg.inv(damped)).T
+        return self.factors[damping]
 
 
-def gptq(rows: np.ndarray, fit: Hessian, check: Hessian, scheme: Scheme) -> dict[str, np.ndarray]:
+def gptq(
+    rows: np.ndarray, fit: Hessian, check: Hessian, scheme: Scheme, counts: Counter | None = None
+) -> dict[str, np.ndarray]:
     """The parts of rows [o, i] float32, rounded so that the products on calibrated inputs change least.
 
     Column by column: a weight is rounded, and its error spread over the columns that are still to come, as the inverse
@@ -53,7 +75,7 @@ def gptq(rows: np.ndarray, fit: Hessian, check: Hessian, scheme: Scheme) -> dict
     A few thousand tokens do not tell all directions of the inputs: fitted too closely, the rounding is worse than none
     on other text. So it is done with `fit` and judged by `check`, of other inputs: row by row the best is taken of the
     scheme's own search, plain and with the diagonal, and second-order rounding with each damping. On `check` no row
-    comes out worse than by the scheme's own search.
+    comes out worse than by the scheme's own search. counts: how many rows were rounded in which of these ways (WAYS).
     """
     format = scheme.format(rows.shape[1])
     factors = [fit.inverse_factor(damping) for damping in DAMPINGS] if fit.importance is not None else []
@@ -65,21 +87,24 @@ def gptq(rows: np.ndarray, fit: Hessian, check: Hessian, scheme: Scheme) -> dict
         if factors:
             candidates += [scheme.encode(own, fit.importance)]
             candidates += [second_order(own, fit, factor, scheme, format) for factor in factors]
-        found.append(best_of(own, candidates, check, format))
+        parts, best = best_of(own, candidates, check, format)
+        found.append(parts)
+        if counts is not None:
+            counts.update(WAYS[min(i, len(WAYS) - 1)] for i in best)
     return {name: np.concatenate([parts[name] for parts in found]) for name in found[0]}
 
 
 def best_of(
     rows: np.ndarray, candidates: list[dict[str, np.ndarray]], check: Hessian, format: Format
-) -> dict[str, np.ndarray]:
-    """Row by row the parts with the smallest error."""
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Row by row the parts with the smallest error, and of which candidate they are."""
     errors = [error_of(rows, decode(format, *parts.values()), check) for parts in candidates]
     best = np.argmin(np.where(np.isnan(errors), np.inf, errors), axis=0)
     out = {name: part.copy() for name, part in candidates[0].items()}
     for i, parts in enumerate(candidates):
         for name, part in parts.items():
             out[name][best == i] = part[best == i]
-    return out
+    return out, best
 
 
 def error_of(rows: np.ndarray, found: np.ndarray, hessian: Hessian) -> np.ndarray:

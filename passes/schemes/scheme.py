@@ -30,11 +30,14 @@ class Scheme:
     name        as `parse` takes it
     activation  None: products take activations as they are; else the group of `round_activation` (0: a whole token)
     ordered     the weight's inputs are taken in an order of its own, a parameter NAME:order int32 [depth]
+    scaled      the weight's inputs are multiplied by the parameter SCALED:inverse_scale float32 [depth], which weights
+                that read one activation share: SCALED is the first of them; "": as they are
     """
 
     name: str
     activation: int | None = None
     ordered: bool = False
+    scaled: str = ""
 
     def format(self, depth: int) -> Format:
         """The format of weights with rows of `depth`. ValueError where such rows can't be stored."""

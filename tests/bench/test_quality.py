@@ -27,6 +27,22 @@ def test_the_table_is_written_as_markdown(rows):
     assert "| 4.500 |" in line and f"{rows['int4:head=int4'].perplexity:.3f}" in line
 
 
+def test_a_model_with_outliers_computes_the_same():
+    (plain,), _ = quality.table(quality.TINY, quality.TINY / "heldout.txt", [], [], 2, 64)
+    (planted,), _ = quality.table(quality.TINY, quality.TINY / "heldout.txt", [], [], 2, 64, outliers=True)
+    assert planted.perplexity == pytest.approx(plain.perplexity, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_outliers_are_met_by_scaling():
+    """int4 of a model with outliers, calibrated, costs little more than that of the model without; rounded, a lot."""
+    rows, _ = quality.table(quality.TINY, quality.TINY / "heldout.txt", ["int4"], ["int4"], 6, 128, outliers=True)
+    _, rounded, gptq, calibrated = rows
+    assert calibrated.scaled == 24 and gptq.scaled == rounded.scaled == 0  # all but the four o_proj
+    assert calibrated.divergence < 0.9 * gptq.divergence and gptq.divergence < rounded.divergence
+    assert calibrated.bits < rounded.bits + 0.1
+
+
 @pytest.mark.slow
 def test_what_schemes_may_cost():
     """Perplexity on held-out text: int8 within 0.5%, int4 within 5%, and no worse where the bits are well spent."""

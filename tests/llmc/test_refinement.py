@@ -49,6 +49,10 @@ def test_quality_is_that_of_the_artifact(text, tmp_path):
     assert facts["perplexity"] == pytest.approx(np.exp(surprise / tokens), rel=1e-3)
     assert 0 < facts["divergence"] < 0.1 and 0.8 < facts["agreement"] < 1
     shown = str(llmc.inspect(path))
+    chosen = llmc.inspect(path).manifest.model["calibration"]
+    assert chosen["text"] == str(text) and chosen["weights"] == 29 and f"calibrated on {text}: rows rounded " in shown
+    assert sum(chosen["rows"].values()) == 4096 + 4 * (256 + 128 + 128 + 256 + 704 + 704 + 256)
+    assert chosen["rows"]["plain"] >= 4096, "the table that is the head, too, is encoded by itself"
     assert f"unquantized {facts['unquantized']:.4g}" in shown and "damage  layer" in shown
 
 

@@ -1,5 +1,7 @@
 """QuantizeWeights: the program with parts is the program with the weights that the parts stand for."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tvm import relax, tirx
@@ -55,6 +57,10 @@ def quantized(module, weights, plan, fuse=False):
         parts = {k: p.reshape(*rows.shape[:-1], -1) for k, p in plan[name].encode(flat).items()}
         given |= {f"{name}:{part}": p for part, p in parts.items()}
         stands = decoded(plan[name].format(rows.shape[-1]), parts).astype("float32")
+        if plan[name].scaled:
+            factors = np.random.default_rng(len(plan[name].scaled)).uniform(0.25, 4, rows.shape[-1]).astype("float32")
+            given[f"{plan[name].scaled}:inverse_scale"] = factors
+            stands = stands * factors
         fake[name] = stands.swapaxes(-1, -2) if uses[name].transposed else stands
     return after, given, fake
 
@@ -154,6 +160,43 @@ def test_activations_are_rounded_once_for_all_products_of_them():
     products = [b.value for b in bindings(after["main"]) if op_name(b.value) == "matmul"]
     assert len(products) == 5  # and the head's, of what was not rounded
     close(run(after, given), rounded_by_hand(decoder, plan))
+
+
+@pytest.mark.parametrize(("scheme", "dtype"), [("int4", "float32"), ("int4-g32-a8", "float32"), ("int4", "bfloat16")])
+def test_inputs_are_scaled_once_for_all_products_of_them(scheme, dtype):
+    decoder = decoders.Decoder(layers=1, hidden=32, intermediate=64, dtype=dtype, stored=dtype)
+    at = "layers.0.self_attn"
+    owners = {f"{at}.{s}_proj.weight": f"{at}.q_proj.weight" for s in "qkv"}
+    owners |= {"layers.0.mlp.down_proj.weight": "layers.0.mlp.down_proj.weight"}
+    plan = {n: replace(schemes.parse(scheme), scaled=owner) for n, owner in owners.items()}
+    after, given, fake = quantized(decoder.module, decoder.weights, plan, fuse=True)
+    names = weight_names(after["main"])
+    assert [n for n in names if n.endswith("inverse_scale")] == [
+        f"{at}.q_proj.weight:inverse_scale",
+        "layers.0.mlp.down_proj.weight:inverse_scale",
+    ]
+    assert sum(op_of(after, b.value) == "dequantize" for b in bindings(after["main"])) == 2, "q, k, v are one product"
+    found = run(after, given)
+    if dtype == "float32" and scheme == "int4":
+        close(found, run(decoder.module, fake))
+    elif dtype == "float32":
+        # what is rounded is the scaled activation: other numbers than those of the weights that the parts stand for
+        assert 1e-4 < np.abs(found - run(decoder.module, fake)).max() / np.ptp(found) < 0.1
+    else:  # every value in between is rounded to 8 bits again
+        assert np.abs(found - run(decoder.module, {n: w.astype(decoder.dtype) for n, w in fake.items()})).max() < (
+            6e-2 * np.ptp(found)
+        )
+
+
+def test_where_a_factor_costs_no_kernel():
+    uses = weight_uses(decoders.Decoder(layers=1).module)
+    rowwise = {name.split(".")[-2]: use.rowwise for name, use in uses.items()}
+    assert rowwise == {
+        "embed_tokens": False,
+        **dict.fromkeys(["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj", "lm_head"], True),
+        "o_proj": False,  # attention's own kernel gives what it reads
+    }
+    assert weight_uses(Mixture(layers=1, hidden=32).module)["layers.0.mlp.experts"].rowwise
 
 
 def rounded_by_hand(decoder, plan):

@@ -115,3 +115,13 @@ def test_errors_are_estimated_on_rows_from_all_over_a_weight(shape, turned):
     assert (turned and len(shape) == 2) or all(stop == start + 1 for start, stop in reads)
     error = ((decode(INT4.format(16), *INT4.encode(some).values()) - some) ** 2).sum() * len(flat) / len(some)
     assert rows.error(INT4) == pytest.approx(error, rel=1e-4)
+
+
+def test_bits_for_scaled_inputs_are_put_aside():
+    model = Decoder(layers=1, hidden=64, heads=4, head_dim=16, v_dim=16, intermediate=64, vocab=64)
+    evaluator = Evaluator(model.module, lazy(model.weights), 8)
+    text = windows(np.arange(8), 8)
+    names = [f"layers.0.mlp.{s}_proj.weight" for s in ("gate", "up", "down")]
+    plan = spend(evaluator, text, names, 5.5, scalable=names)
+    bits = sum(plan[n].format(64).bits_per_weight(64) for n in names) * 64 * 64
+    assert 3.5 < bits / (3 * 64 * 64) <= 5.5 - 2 * 32 / (3 * 64), "a factor for each of 64 inputs, twice"

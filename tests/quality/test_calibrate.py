@@ -28,7 +28,7 @@ def test_calibration_beats_rounding_on_other_text():
     plan = {name: scheme for name, w in model.weights.items() if w.ndim == 2 and not name.startswith("embed")}
     sequences = list(rng.integers(0, model.vocab, (24, 32)).astype("int32"))
     done = []
-    found = calibrate(evaluator, sequences, plan, report=done.append)
+    found = calibrate(evaluator, sequences, plan, report=done.append).weights
     assert set(found) == set(plan) and done[-1] == 1
     text = windows(rng.integers(0, model.vocab, 500), 32)
     rounded = encoded(model.weights, plan)
@@ -48,7 +48,7 @@ def test_experts_and_tied_tables_are_encoded_too():
         kept.append(name)
         return parts
 
-    found = calibrate(evaluator, sequences, plan, keep=keep)
+    found = calibrate(evaluator, sequences, plan, keep=keep).weights
     assert sorted(kept) == sorted(plan)
     for name in plan:
         w = model.weights[name]

@@ -1,11 +1,13 @@
 """Second-order rounding, against the plain one and on inputs that it was not fitted to."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
 from llmc.ir.decode import decode
 from llmc.passes import schemes
-from llmc.quality.gptq import DAMPINGS, Hessian, error_of, gptq, nearest, second_order
+from llmc.quality.gptq import DAMPINGS, WAYS, Hessian, error_of, gptq, nearest, second_order
 
 
 def correlated(count, depth, seed):
@@ -30,7 +32,9 @@ def test_the_error_of_products_is_smaller(name):
     fit, check = hessian(correlated(600, 128, 2)), hessian(correlated(300, 128, 3))
     format = scheme.format(128)
     plain = decode(format, *scheme.encode(rows).values())
-    found = decode(format, *gptq(rows, fit, check, scheme).values())
+    counts = Counter()
+    found = decode(format, *gptq(rows, fit, check, scheme, counts).values())
+    assert set(counts) <= set(WAYS) and sum(counts.values()) == 24 and counts["second order"] > 12
     own, rounded = error_of(rows, found, check), error_of(rows, plain, check)
     assert (own <= rounded).all(), "no row is worse"
     assert own.sum() < 0.7 * rounded.sum()
