@@ -1,5 +1,7 @@
 """Scaling by inputs: against numpy, and on models whose activations have outliers, as large models have."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -89,10 +91,10 @@ def test_inputs_that_are_all_alike_are_not_scaled():
     assert search([(w, schemes.parse("int4"))], 32, Hessian(64), Hessian(64)) is None, "nothing was ever read"
 
 
-def outlying(stored="float32"):
+def outlying(layers=2):
     """A decoder whose norms make a few activations forty times as large as the others; the weights that read them
     do so as those of the others."""
-    model = Decoder(layers=2, hidden=64, heads=4, head_dim=16, v_dim=16, intermediate=64, vocab=64, stored=stored)
+    model = Decoder(layers=layers, hidden=64, heads=4, head_dim=16, v_dim=16, intermediate=64, vocab=64)
     for name, w in model.weights.items():
         if name.endswith("norm.weight"):
             w[3::23] *= 40
@@ -128,3 +130,33 @@ def test_a_program_with_outliers_is_less_damaged():
     text = windows(rng.integers(0, model.vocab, 500), 32)
     scores = compare(evaluator, text, {"gptq": Variant(plain.weights), "awq": Variant(found.weights)})
     assert scores["awq"].mean_divergence < 0.8 * scores["gptq"].mean_divergence
+
+
+def test_an_interrupted_calibration_goes_on_with_the_factors_that_it_had():
+    model = outlying(layers=1)
+    evaluator = Evaluator(model.module, lazy(model.weights), 32)
+    plan = {n: schemes.parse("int4") for n, w in model.weights.items() if w.ndim == 2 and "embed" not in n}
+    sequences = list(np.random.default_rng(0).integers(0, model.vocab, (12, 32)).astype("int32"))
+    parts, facts = {}, {}
+
+    def keep(name, made):
+        if "v_proj" in name and "stopped" not in facts:
+            facts["stopped"] = "true"
+            raise KeyboardInterrupt
+        return parts.setdefault(name, made)
+
+    def once(fact, make):
+        if fact not in facts:
+            facts[fact] = json.dumps(make())
+        return json.loads(facts[fact])
+
+    how = {"scalable": list(plan), "keep": keep, "find": parts.get, "once": once}
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(evaluator, sequences, plan, **how)
+    assert len(parts) == 2
+    found, want = calibrate(evaluator, sequences, plan, **how), calibrate(evaluator, sequences, plan, scalable=plan)
+    assert found.facts() == want.facts() and len(want.facts()["scaled"]) > 3
+    for name, weight in want.weights.items():
+        np.testing.assert_array_equal(found.weights[name].read(), weight.read())
+    again = calibrate(evaluator, sequences, plan, **how)
+    assert again.facts() == want.facts() and again.schemes(plan) == want.schemes(plan)
