@@ -83,7 +83,7 @@ def run(ask: Callable[..., Any], tasks: Mapping[str, dict[str, int]], rounds: in
         except Exception as error:
             found[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
         else:
-            seconds, context = (statistics.median(values) for values in zip(*times, strict=True))
+            seconds, context = (float(statistics.median(values)) for values in zip(*times, strict=True))
             found[name] = {"seconds": seconds, "context": context}
         print(f"  {name:14} {found[name]}", file=sys.stderr, flush=True)
     return found

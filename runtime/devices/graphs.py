@@ -284,7 +284,8 @@ class Graphs:
         self._graphs.clear()
         if self._thread is not None:
             if self._stream:
-                self._on_thread(lambda: self._runtime.close_stream(self._stream))
+                with contextlib.suppress(RuntimeError):  # an interpreter that ends lets no thread begin anything
+                    self._on_thread(lambda: self._runtime.close_stream(self._stream))
             self._thread.shutdown()
         self._inputs.clear()
         self._launch = self._logits = self._piece = None  # type: ignore[assignment]

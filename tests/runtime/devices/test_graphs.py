@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -200,3 +201,11 @@ def test_other_steps_are_plain_launches(qo_indptr, logit_rows):
     table = Table(np.arange(len(qo_indptr)), tokens[: len(qo_indptr) - 1], tokens)
     assert one.step(tokens, tokens[None], qo_indptr, rows, [table]) is None
     assert not one.refused
+
+
+def test_an_interpreter_that_ends_takes_no_more_work():
+    """A process may end with its model open: pools of threads are shut down before the engine's thread is told."""
+    one = graphs.Graphs(Memory(), None, [StateGroup("paged", 4, 0, 0, (0,), ())], 20, None)
+    one._thread, one._stream = ThreadPoolExecutor(1), 1
+    one._thread.shutdown()
+    one.close()
