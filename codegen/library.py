@@ -60,15 +60,26 @@ def machine_code(module: tvm.IRModule, machine: tvm.target.Target) -> tuple[Any,
         return relax.build(planned, machine, relax_pipeline=None, exec_mode="bytecode"), memory
 
 
+# Passes of TVM that find nothing to do in kernels which say how they are scheduled, and take time to find that out.
+IDLE = (
+    "s_tir.HoistIfThenElse",
+    "s_tir.InferFragment",
+    "s_tir.InjectPermutedLayout",
+    "s_tir.InjectSoftwarePipeline",
+    "s_tir.InjectVirtualThread",
+)
+
+
 def passes(kind: str) -> tvm.transform.PassContext:
     """What TVM's passes leave out when kernels are compiled for a kind of target of TVM.
 
-    Compaction looks for smaller buffers; kernels have none to give, and it is nine tenths of their compile time.
+    Compaction looks for smaller buffers; kernels have none to give, and it is nine tenths of their compile time. Of
+    what is left, a quarter goes to IDLE passes.
     Storage rewriting gives two shared buffers of a GPU kernel the same memory where it thinks that one is no longer
     used, without a barrier between their uses; AMD's code generator then takes that memory for global memory.
     """
     config = {} if kind == "llvm" else {"tirx.disable_storage_rewrite": True}
-    return tvm.transform.PassContext(config=config, disabled_pass=["s_tir.CompactBufferAllocation"])
+    return tvm.transform.PassContext(config=config, disabled_pass=["s_tir.CompactBufferAllocation", *IDLE])
 
 
 def export(executable, host: str, path: Path) -> None:

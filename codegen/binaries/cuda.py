@@ -124,7 +124,10 @@ def compile(source: str, arch: str) -> bytes:
         check(getattr(nvrtc, f"nvrtcGet{kind}")(program, content), kind)
         return content.raw
 
-    options = [f"--gpu-architecture={arch}", f"-I{include}", f"-I{include / 'cccl'}", "--std=c++17", "--device-int128"]
+    # Half of the time goes to NVVM's optimisations, which two threads share; a fixed number of them, for the machine
+    # code depends on it.
+    places = [f"-I{include}", f"-I{include / 'cccl'}"]
+    options = [f"--gpu-architecture={arch}", *places, "--std=c++17", "--device-int128", "--split-compile=2"]
     check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None), "beginning")
     try:
         words = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))

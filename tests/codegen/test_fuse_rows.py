@@ -11,7 +11,7 @@ from llmc.codegen.backend import backend
 from llmc.codegen.cpu.backend import CpuBackend
 from llmc.codegen.fuse_rows import _Fuse
 from llmc.codegen.legalize import Legalize
-from llmc.codegen.library import _plan
+from llmc.codegen.library import _plan, passes
 from llmc.ir.errors import CompileError
 from llmc.ir.evaluate import Reference
 from llmc.ir.rewrite import bindings, op_name
@@ -266,7 +266,7 @@ def run_all(sizes, narrow=False):
     made, goal = fused(narrow)
     kernels = Reference.__new__(Reference)
     target = tvm.target.Target(goal.target.llvm())
-    with target, tvm.transform.PassContext(disabled_pass=["s_tir.CompactBufferAllocation"]):
+    with target, passes("llvm"):
         planned, _ = _plan(Legalize().run(made, goal))
         kernels.machine = relax.VirtualMachine(relax.build(planned, target, relax_pipeline=None), tvm.cpu())
     plain = Reference(module())

@@ -10,9 +10,10 @@ def build(function, target):
     """A callable on numpy arrays; those that the kernel writes are written in place."""
     import tvm
 
+    from llmc.codegen.library import passes
+
     name = function.attrs["global_symbol"]
-    # Compaction looks for smaller buffers; kernels have none to give, and it is nine tenths of the compile time.
-    with tvm.transform.PassContext(disabled_pass=["s_tir.CompactBufferAllocation"]):
+    with passes("llvm"):
         module = tvm.compile(tvm.IRModule({name: function}), tvm.target.Target(target.llvm()))
 
     def call(*arrays):

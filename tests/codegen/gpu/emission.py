@@ -23,10 +23,11 @@ def source(function, kind: str) -> str:
     import tvm
     import tvm_ffi
 
+    from llmc.codegen.library import passes
+
     for name, found in (("bitcode_path", lambda *_: []), ("link", lambda code: code)):
         tvm_ffi.register_global_func(f"tvm_callback_rocm_{name}", found, override=True)
     name = str(function.attrs["global_symbol"])
-    # Compaction looks for smaller buffers; kernels have none to give, and it is nine tenths of the compile time.
-    with tvm.transform.PassContext(disabled_pass=["s_tir.CompactBufferAllocation"]):
+    with passes(target(kind).kind):
         module = tvm.compile(tvm.IRModule({name: function}), tvm.target.Target(target(kind).tvm(), host="llvm"))
     return "\n".join(m.inspect_source("") for m in module.mod.imports)

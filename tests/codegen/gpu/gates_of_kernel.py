@@ -10,6 +10,7 @@ from llmc import targets
 from llmc.codegen.binaries import cuda, gates, rocm
 from llmc.codegen.binaries.device_code import DeviceCode
 from llmc.codegen.gpu import quantized
+from llmc.codegen.library import passes
 from tests.codegen.gpu import emission
 from tests.codegen.gpu.quantized_products import FORMATS
 
@@ -21,7 +22,7 @@ def resources(name, format, columns, depth, activation, rounded=None):
     if target.language == "amdgpu":
         compiler = rocm.Compiler(target)
         compiler.install()
-        with tvm.transform.PassContext(disabled_pass=["s_tir.CompactBufferAllocation"]):
+        with passes(target.kind):
             module = tvm.compile(tvm.IRModule({"matmul": kernel}), tvm.target.Target(target.tvm(), host="llvm"))
         return gates.resources(compiler.device_code(module.mod), target)
     source = emission.source(kernel, target.kind)

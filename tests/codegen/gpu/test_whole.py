@@ -1,4 +1,8 @@
-"""A small llama lowered for a GPU, on the software device, strictly, against the plain loops that go with it."""
+"""A small llama lowered for a GPU, on the software device, strictly, against the plain loops that go with it; with its
+weights quantized, against the textbook program over what the codes stand for."""
+
+import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +17,14 @@ BATCHES = ([(0, 5), (0, 3)], [(5, 1), (3, 2)])
 
 def built(kind, model):
     """-> the model lowered; the software device's virtual machine; the packed weights."""
+    from llmc.passes.goal import Goal
+
+    sources = {name: Array(value) for name, value in model.weights.items()}
+    return placed(kind, model.module, Goal(target=target(kind), dtype=model.dtype, page_size=4), sources)
+
+
+def placed(kind, module, goal, sources):
+    """`built`, of a module in the ragged form and what its weights are made of."""
     import tvm
     from tvm import relax
 
@@ -20,14 +32,11 @@ def built(kind, model):
     from llmc.codegen.library import machine_code
     from llmc.codegen.software_device import device
     from llmc.codegen.weights import Recipe, numpy_dtype
-    from llmc.passes.goal import Goal
 
-    facts = target(kind)
     # First of all: TVM keeps the device of a kind that is there when it first asks, and that may be the HIP plugin's.
     device.install(kind, strict=True)
-    lowered = codegen.lower(model.module, Goal(target=facts, dtype=model.dtype, page_size=4))
-    executable, _ = machine_code(lowered.module, tvm.target.Target(facts.tvm(), host={"kind": "llvm"}))
-    sources = {name: Array(value) for name, value in model.weights.items()}
+    lowered = codegen.lower(module, goal)
+    executable, _ = machine_code(lowered.module, tvm.target.Target(goal.target.tvm(), host={"kind": "llvm"}))
     weights = {
         name: np.concatenate(list(Recipe(f, sources).slices())).view(numpy_dtype(str(f.ret_ty.dtype)))
         for name, f in lowered.recipes.items()
@@ -91,6 +100,84 @@ def test_a_step_over_a_quantized_cache(kind, cache, isolated):
     for kernels, plain in isolated(run, kind, "float32", cache, timeout=400):
         assert np.isfinite(kernels).all()
         assert np.abs(kernels - plain).max() <= {"int8": 1e-3, "fp8": 1e-2}[cache] * (plain.max() - plain.min())
+
+
+# Prefill, prefill beside decode, decode: the tokens that two sequences have, and get.
+STEPS = (*BATCHES, [(6, 1), (5, 1)])
+
+
+def over_codes(kind, dtype, quantize):
+    """-> of every sequence, (logits of the kernels over codes, of the float32 textbook program over the same codes)."""
+    import tvm
+
+    from llmc import quantization
+    from llmc.codegen.weights import numpy_dtype
+    from llmc.ir.evaluate import Reference
+    from llmc.passes import manager
+    from llmc.passes.goal import Goal
+    from llmc.passes.pipeline import PIPELINE
+    from tests.decoders import Decoder
+
+    shape = dict(layers=1, hidden=64, head_dim=16, v_dim=16, intermediate=96, vocab=96, stored="bfloat16")
+    model = Decoder(**shape, dtype=dtype)
+    facts = SimpleNamespace(module=model.module)
+    plan = quantization.plan(facts, quantization.parse(quantize), smallest=1, narrowest=1)
+    assert len(plan.schemes) == 9  # q, k, v, o, gate, up, down, embedding, head
+    sources = quantization.EncodedWeights({name: Array(value) for name, value in model.weights.items()}, plan)
+    goal = Goal(target=target(kind), dtype=dtype, page_size=4, schemes=plan.schemes)
+    lowered, machine, weights = placed(kind, manager.run(model.module, goal).module, goal, sources)
+
+    def put(array):
+        return tvm.runtime.tensor(np.ascontiguousarray(array), device=tvm.device(kind, 0))
+
+    held = {f: [put(weights[name]) for name in lowered.weights[f]] for f in ("embed", "step")}
+    [state] = json.loads(lowered.module["step"].attrs["llmc.state"])
+    pools = [put(np.full((32, *t["shape"]), 9, numpy_dtype(t["dtype"]))) for t in state["tensors"]]
+    sequences = (np.arange(14, dtype="int32") * 7 % 96).reshape(2, 7)
+    found = [[], []]
+    for batch in STEPS:
+        positions, qo, *table = tables(batch)
+        tokens = np.concatenate([s[start : start + new] for s, (start, new) in zip(sequences, batch, strict=True)])
+        hidden = machine["embed"](put(tokens), held["embed"])
+        rows = np.arange(qo[-1], dtype="int32")
+        logits = machine["step"](hidden, *map(put, (positions, qo, rows, *table)), pools, held["step"]).numpy()
+        for i in range(2):
+            found[i].append(logits[qo[i] : qo[i + 1]])
+    plain = manager.run(Decoder(**shape).module, Goal(schemes=plan.schemes), stages=PIPELINE[:2]).module
+    parts = [sources[str(name)].read() for name in plain["main"].attrs["llmc.weights"]]
+    reference = Reference(plain)
+    expected = [reference(s, np.arange(7, dtype="int32"), *parts) for s in sequences]
+    return [(np.concatenate(parts), e[: len(np.concatenate(parts))]) for parts, e in zip(found, expected, strict=True)]
+
+
+# The kinds of decoding (integers, with zero points, in planes, tables, powers of two), of rounding, and of kernels.
+CODES = [("cuda", "bfloat16", "int4"), ("metal", "float16", "w8a8")]
+MORE_CODES = [
+    ("cuda", "float32", "int4-g32-zp:head=nf4"),
+    ("cuda", "float16", "mxfp4:head=fp8"),
+    ("cuda", "bfloat16", "w8a8"),
+    ("rocm", "float32", "int4-g32-a8"),
+    ("rocm", "bfloat16", "int4"),
+    ("rocm", "float16", "fp8"),
+    ("rocm", "bfloat16", "nf4:head=int3-g32-zp"),
+    ("metal", "float32", "fp8:head=int4-g16"),
+    ("metal", "float16", "int4:head=mxfp4"),
+    ("metal", "float16", "int3-g32"),
+]
+
+
+@pytest.mark.parametrize(
+    "kind, dtype, quantize", [*CODES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CODES)]
+)
+def test_steps_over_codes(kind, dtype, quantize, isolated):
+    """Bounds as above; of rounded activations a number between two codes may become the other one, 2**-7 of the
+    largest beside it.
+    """
+    bound = {"float32": 1e-5, "bfloat16": 4e-2, "float16": 5e-3}[dtype]
+    bound += 1e-2 if "a8" in quantize else 0
+    for kernels, textbook in isolated(over_codes, kind, dtype, quantize, timeout=500):
+        assert len(kernels) in (6, 7) and np.isfinite(kernels).all() and textbook.std() > 0.1
+        assert np.abs(kernels - textbook).max() <= bound * (textbook.max() - textbook.min())
 
 
 TOKENS = (np.arange(21, dtype="int32") * 11) % 96
