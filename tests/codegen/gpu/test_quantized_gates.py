@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
+from llmc.codegen.binaries.gates import Resources, table
 from llmc.targets import toolchains
 
 needs_tools = pytest.mark.skipif(
@@ -14,21 +16,26 @@ needs_tools = pytest.mark.skipif(
 FEW = (
     3  # of a product's kernels are for few rows, and read codes at memory's speed; the others multiply on matrix units
 )
-QUICK = [("cuda:sm_90", "int4", "bfloat16"), ("metal", "int4", "bfloat16")]
+# Whose table is held against a golden file.
+TARGETS = [
+    "cuda:sm_90",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("rocm:gfx942", "rocm:gfx1100")),
+    "metal",
+]
+GIVEN = 8  # registers of a thread are given out by so many
 ROUNDED = [("int8", 0), ("int4", 32), ("int4-g128-zp", 0), ("int8-g64", 64)]  # products of codes
 FORMATS = [("int4-zp", "float16"), ("int8", "bfloat16"), ("nf4", "float16"), ("fp8-g128", "bfloat16")]
-SLOW = [
-    ("rocm:gfx942", "int4", "bfloat16"),
-    *((name, *how) for name in ("cuda:sm_90", "rocm:gfx942", "metal") for how in FORMATS),
-]
+SLOW = [(name, *how) for name in ("cuda:sm_90", "rocm:gfx942", "metal") for how in FORMATS]
 
 
 def check(name, format, activation, rounded=None):
+    """-> kernel -> what it takes."""
     shape = ["1024", "1024", activation] + ([] if rounded is None else [str(rounded)])
     command = [sys.executable, "-m", "tests.codegen.gpu.gates_of_kernel", name, format, *shape]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = list(json.loads(done.stdout).values())
+    resources = json.loads(done.stdout)
+    found = list(resources.values())
     if rounded is not None:  # the kernels that round x come first, before those for few rows and before the others
         assert not (found[0]["matrix"] or found[0]["spilled"] or found[FEW + 1]["matrix"] or found[FEW + 1]["spilled"])
         del found[FEW + 1], found[0]
@@ -38,12 +45,15 @@ def check(name, format, activation, rounded=None):
         assert (kernel["matrix"] > 0) == (i >= FEW)
         assert kernel["wide_loads"] > 0 or i >= FEW
         assert (kernel["registers"] or 0) <= 224  # two blocks of 128 threads on a multiprocessor of NVIDIA's
+    return {kernel: Resources(**each) for kernel, each in resources.items()}
 
 
-@pytest.mark.parametrize(("name", "format", "activation"), QUICK)
+@pytest.mark.parametrize("name", TARGETS)
 @needs_tools
-def test_gates(name, format, activation):
-    check(name, format, activation)
+def test_gates(name, golden):
+    found = check(name, "int4", "bfloat16")
+    given = {k: replace(r, registers=r.registers and -(-r.registers // GIVEN) * GIVEN) for k, r in found.items()}
+    golden(f"int4-{name.replace(':', '-')}.txt", table(given))
 
 
 @pytest.mark.slow
