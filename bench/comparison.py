@@ -55,7 +55,7 @@ class Sequences:
         splits = np.cumsum([0, *map(len, new.values())])
         hidden = self.executor.embed(_i32(np.concatenate(list(new.values()))))
         logits = self.executor.step(hidden, _i32(positions)[None], _i32(splits), _i32(range(rows)), tables)
-        return [part.copy() for part in np.split(np.asarray(logits), splits[1:-1])]
+        return [part.copy() for part in np.split(np.asarray(self.executor.fetch(logits)), splits[1:-1])]
 
     def _table(self, group, new, starts):
         facts, free = self.executor.groups[group], self.free[group]
@@ -93,16 +93,16 @@ def _i32(values):
 
 def chunked(sequences, ids):
     """Prefill cut into chunks of changing lengths, all sequences side by side -> logits of each."""
-    return _in_steps(sequences, ids, lambda turn, i: CUTS[(turn + i) % len(CUTS)])
+    return in_steps(sequences, ids, lambda turn, i: CUTS[(turn + i) % len(CUTS)])
 
 
 def decoded(sequences, ids):
     """The first half of each sequence in one step, then a token a step, teacher-forced -> logits of each."""
     halves = [len(tokens) // 2 for tokens in ids]
-    return _in_steps(sequences, ids, lambda turn, i: halves[i] if turn == 0 else 1)
+    return in_steps(sequences, ids, lambda turn, i: halves[i] if turn == 0 else 1)
 
 
-def _in_steps(sequences, ids, size):
+def in_steps(sequences, ids, size):
     """Feed size(turn, i) tokens of sequence i in each turn, until all are served -> logits of each."""
     got: list[list[np.ndarray]] = [[] for _ in ids]
     done, turn = [0] * len(ids), 0

@@ -4,12 +4,14 @@ The reference shares nothing with what it judges but the codes: transformers' mo
 by what its codes stand for (numpy), and, where the scheme rounds activations, rounding before each of its linear
 layers. Runs in a child process of its own.
 
-    python -m llmc.bench.quantized TYPE SCHEME
+    python -m llmc.bench.quantized TYPE SCHEME [SCHEME ...]
 """
 
+import functools
 import json
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -27,21 +29,36 @@ TOLERANCE = {"floats": 5e-3, "rounded": 5e-2}
 
 def judge(name, scheme, work):
     """Save, compile and compare one type with a scheme; -> its result, as of comparison.compare, and "quantized"."""
+    path, folder, facts, rounds = compiled(name, scheme, work)
+    result = comparison.compare(path, folder, median_error if rounds else comparison.error)
+    limit = TOLERANCE["rounded" if rounds else "floats"]
+    return result | {"verdict": comparison.verdict(result["errors"], limit), "quantized": facts}
+
+
+def compiled(name, scheme, work, **how):
+    """-> the artifact of a type with a scheme, the folder of the logits to compare with, what inspect tells of it, and
+    whether activations are rounded. how: what else llmc.compile is told.
+    """
     import llmc
 
     # Models of the sweep are smaller than what is worth to be quantized.
     quantization.SMALLEST = quantization.NARROWEST = 1
     floats = comparison.model_folder(name, work)
-    limits = {"max_context": configs.variant(name).max_context}
-    path = llmc.compile(floats, quantize=scheme, output=work / f"{name}.llmc", overwrite=True, **limits)
+    how = {"max_context": configs.variant(name).max_context} | how
+    path = llmc.compile(floats, quantize=scheme, output=work / f"{name}.llmc", overwrite=True, **how)
     facts = llmc.inspect(path).to_dict()["model"]["quantization"]
     done = {weight for names in facts["formats"].values() for weight in names}
     folder = work / "stand-for" / name
     folder.mkdir(parents=True, exist_ok=True)
-    rounds = write_reference(name, floats, scheme, done, folder)
-    result = comparison.compare(path, folder, median_error if rounds else comparison.error)
-    limit = TOLERANCE["rounded" if rounds else "floats"]
-    return result | {"verdict": comparison.verdict(result["errors"], limit), "quantized": facts}
+    return path, folder, facts, write_reference(name, floats, scheme, done, folder)
+
+
+@functools.cache
+def imported(name, floats):
+    """What the door makes of a type's model: the same for every scheme."""
+    from llmc.frontend import huggingface
+
+    return huggingface.load(floats, max_context=configs.variant(name).max_context)
 
 
 def median_error(got, want, unit):
@@ -58,10 +75,8 @@ def median_error(got, want, unit):
 @torch.no_grad()
 def write_reference(name, floats, scheme, done, folder):
     """The logits of the type's model over what the codes of `done` stand for; -> are activations rounded?"""
-    from llmc.frontend import huggingface
-
-    imported = quantization.prepare(huggingface.load(floats, max_context=configs.variant(name).max_context), scheme)
-    plan = quantization.plan_of(imported)
+    encoded = quantization.prepare(imported(name, floats), scheme)
+    plan = quantization.plan_of(encoded)
     model = checkpoints.reread(name, floats)
     own = dict(model.named_parameters(remove_duplicate=False))
     rounds = False
@@ -69,7 +84,7 @@ def write_reference(name, floats, scheme, done, folder):
         chosen, turned = plan.schemes[weight], weight in plan.transposed
         rows = own[weight].transpose(-1, -2) if turned else own[weight]
         format = chosen.format(rows.shape[-1])
-        parts = [imported.weights[f"{weight}:{part}"].read() for part in format.parts(tuple(rows.shape))]
+        parts = [encoded.weights[f"{weight}:{part}"].read() for part in format.parts(tuple(rows.shape))]
         rows.copy_(torch.from_numpy(decode(format, *parts)))
         group = chosen.rounding(rows.shape[-1])
         if group is not None:
@@ -93,19 +108,30 @@ def rounded(x, group):
     return (torch.round(blocks * (127 / safe)) * (safe * np.float32(1 / 127))).reshape(x.shape)
 
 
-def child(name, scheme, work):
-    """Write the result into the folder of work."""
-    result = judge(name, scheme, Path(work))
-    (Path(work) / "result.json").write_text(json.dumps(result))
+def result_path(work, scheme):
+    return Path(work) / f"{scheme}.json"
+
+
+def child(name, schemes, work, judged=judge):
+    """Write the result of every scheme into the folder of work, one after another; what is raised is its error.
+
+    judged: what judges.
+    """
+    for scheme in schemes:
+        try:
+            result = judged(name, scheme, Path(work))
+        except Exception:
+            result = {"verdict": "error", "reason": traceback.format_exc()}
+        result_path(work, scheme).write_text(json.dumps(result))
 
 
 def main(argv=None):
-    name, scheme = argv or sys.argv[1:]
+    name, *schemes = argv or sys.argv[1:]
     with tempfile.TemporaryDirectory() as work:
-        child(name, scheme, work)
-        result = json.loads((Path(work) / "result.json").read_text())
-    print(json.dumps(result, indent=1))
-    return 0 if result["verdict"] == "pass" else 1
+        child(name, schemes, work)
+        results = {scheme: json.loads(result_path(work, scheme).read_text()) for scheme in schemes}
+    print(json.dumps(results, indent=1))
+    return 0 if all(result["verdict"] == "pass" for result in results.values()) else 1
 
 
 if __name__ == "__main__":

@@ -176,12 +176,10 @@ def wrong_tokens(logits: np.ndarray, tokens: np.ndarray) -> str:
     return ""
 
 
-def work(folder: Path, target: str, host: str) -> dict[str, Any]:
-    """-> what `verification.Report` tells."""
-    manifest = artifact.read(folder)
-    [entry] = [t for t in manifest.targets if (t.target, t.host) == (target, host)]
+def placed(folder: Path, entry: artifact.TargetEntry) -> tuple[Any, tvm.IRModule]:
+    """-> an artifact's kernels for a target on the software device, as an executable; and their plain loops."""
     assert entry.sources is not None
-    [facts] = targets.parse(target, host)
+    [facts] = targets.parse(entry.target, entry.host)
     assert isinstance(facts, targets.GpuTarget)
     with zipfile.ZipFile(artifact.inside(folder, entry.sources.file)) as sources:
         for name in ("module.json", "reference.json"):
@@ -193,7 +191,14 @@ def work(folder: Path, target: str, host: str) -> dict[str, Any]:
         module, plain = (tvm.ir.load_json(sources.read(f"{n}.json").decode()) for n in ("module", "reference"))
         [text] = [sources.read(n).decode() for n in sources.namelist() if n.endswith((".cu", ".ll", ".metal"))]
     software.install(entry.kind, strict=True, text=text)
-    executable, _ = machine_code(module, tvm.target.Target(facts.tvm(), host={"kind": "llvm"}))
+    return machine_code(module, tvm.target.Target(facts.tvm(), host={"kind": "llvm"}))[0], plain
+
+
+def work(folder: Path, target: str, host: str) -> dict[str, Any]:
+    """-> what `verification.Report` tells."""
+    manifest = artifact.read(folder)
+    [entry] = [t for t in manifest.targets if (t.target, t.host) == (target, host)]
+    executable, plain = placed(folder, entry)
     steps = expected_steps(ReferenceExecutor(plain, folder, manifest, entry), entry, int(manifest.model["vocab_size"]))
     bound = error_bound(entry.dtype, int(manifest.model["layers"]), manifest.model.get("kv_cache"))
     done: list[dict[str, Any]] = []

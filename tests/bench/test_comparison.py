@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from llmc.bench import comparison
+from llmc.runtime.executor import HostLogits
 
 
 def rows(*values):
@@ -48,7 +49,7 @@ class Group:
     chunk: int = 0
 
 
-class Paged:
+class Paged(HostLogits):
     """Logits: the sum of all tokens that a row sees, read back through the page tables."""
 
     def __init__(self, group):
