@@ -8,7 +8,7 @@ import tvm
 from tvm import relax
 from tvm.relax import op as R
 
-from llmc.ir.quantized import activation_group
+from llmc.ir.quantized import activation_group, activation_kind
 from llmc.ir.rewrite import Rewriter, bindings, op_name
 
 from .backend import activation_dtype, backend, label
@@ -49,10 +49,12 @@ class LowerMatmul:
 def unrounded(rewriter, x: relax.Expr, weight) -> tuple[relax.Expr, int | None]:
     """What a product's kernel takes for the old activation x, and the group in which it rounds it itself, or None.
 
-    rewriter: a Rewriter with `bound`, the bindings of its function. Kernels over floats take what was rounded.
+    rewriter: a Rewriter with `bound`, the bindings of its function. Kernels over floats take what was rounded, as do
+    those over weights beside which other numbers would be rounded to.
     """
     value = rewriter.bound.get(x)
-    group = None if isinstance(weight, str) else activation_group(rewriter.module, value)
+    own = not isinstance(weight, str) and activation_kind(rewriter.module, value) == weight.rounds
+    group = activation_group(rewriter.module, value) if own else None
     return (rewriter.get(x), None) if group is None else (rewriter.get(value.args[0]), group)
 
 

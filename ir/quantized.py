@@ -16,9 +16,17 @@ from tvm import relax
 from tvm.relax import op as R
 
 from .ops import callee, emit_op, op_of
-from .quantized_cache import TINY
+from .quantized_cache import LARGEST, TINY
 
-__all__ = ["TABLES", "Format", "activation_group", "dequantize", "format_of", "round_activation"]
+__all__ = [
+    "TABLES",
+    "Format",
+    "activation_group",
+    "activation_kind",
+    "dequantize",
+    "format_of",
+    "round_activation",
+]
 
 # The 16 values of NF4: quantiles of a normal distribution (Dettmers et al., QLoRA, 2023, appendix E).
 _NF4 = (
@@ -86,6 +94,11 @@ class Format:
         group = f"-g{self.group}" if self.group else ""
         return (self.table or f"int{self.bits}") + group + ("-zp" if self.zeros else "")
 
+    @property
+    def rounds(self) -> str:
+        """What activations are rounded to, where they are, that such a weight multiplies: "fp8" (E4M3) or "int8"."""
+        return "fp8" if self.table == "e4m3" else "int8"
+
     def groups(self, depth: int) -> int:
         """Scales of a row."""
         return depth // self.group if self.group else 1
@@ -141,13 +154,15 @@ def format_of(module: tvm.IRModule, call: relax.Expr) -> Format | None:
     return Format(**{name: kind(getattr(attrs[name], "value", attrs[name])) for name, kind in read.items()})
 
 
-def round_activation(bb: relax.BlockBuilder, x: relax.Expr, *, group: int = 0) -> relax.Var:
-    """x [n, i] as 8-bit integers say it, token by token: q · s with q in [-127, 127], in x's dtype.
+def round_activation(bb: relax.BlockBuilder, x: relax.Expr, *, group: int = 0, kind: str = "int8") -> relax.Var:
+    """x [n, i] as 8-bit numbers of a kind say it, token by token: q · s, in x's dtype.
 
-    Every `group` consecutive elements (0: the whole row) share s = most · (1/127); q = x · (127 / most) rounded to the
-    nearest, ties to even, all in float32; most = max(max|x|, TINY), for which neither 127 / most is infinite nor s a
-    subnormal number. A kernel that does the same operations finds the same q, bit for bit. Zeros stay zeros.
+    "int8": q is an integer in [-127, 127], "fp8": an E4M3 number in [-448, 448]; with L the largest of them, every
+    `group` consecutive elements (0: the whole row) share s = most · (1/L); q = x · (L / most) rounded to the nearest,
+    ties to even, all in float32; most = max(max|x|, TINY), for which neither L / most is infinite nor s a subnormal
+    number. A kernel that does the same operations finds the same q, bit for bit. Zeros stay zeros.
     """
+    largest = LARGEST[kind]
 
     def meaning(emit, x):
         n, depth = x.ty.shape[0], int(x.ty.shape[1])
@@ -155,13 +170,25 @@ def round_activation(bb: relax.BlockBuilder, x: relax.Expr, *, group: int = 0) -
         y = emit(R.reshape(emit(R.astype(x, "float32")), [n, depth // size, size]))
         most = emit(R.max(emit(R.abs(y)), axis=[-1], keepdims=True))
         safe = emit(R.maximum(most, _f32(TINY)))
-        q = emit(R.round(emit(R.multiply(y, emit(R.divide(_f32(127.0), safe))))))
-        y = emit(R.multiply(q, emit(R.multiply(safe, _f32(1.0 / 127.0)))))
+        q = emit(R.multiply(y, emit(R.divide(_f32(largest), safe))))
+        q = emit(R.round(q)) if kind == "int8" else nearest_e4m3(emit, q)
+        y = emit(R.multiply(q, emit(R.multiply(safe, _f32(1.0 / largest)))))
         y = emit(R.reshape(y, [n, depth]))
         return y if dtype == "float32" else emit(R.astype(y, dtype))
 
+    def nearest_e4m3(emit, q):
+        """In [2**e, 2**(e + 1)) numbers are 2**(e - 3) apart, from e = -6 on; below that, 2**-9. Both it and what it is
+        multiplied with are powers of two: products with them are exact."""
+        size, apart, inverse = emit(R.abs(q)), _f32(2.0**-9), _f32(2.0**9)
+        for e in range(-5, 9):
+            above = emit(R.greater_equal(size, _f32(2.0**e)))
+            apart = emit(R.where(above, _f32(2.0 ** (e - 3)), apart))
+            inverse = emit(R.where(above, _f32(2.0 ** (3 - e)), inverse))
+        return emit(R.multiply(emit(R.round(emit(R.multiply(q, inverse)))), apart))
+
     dtype = str(x.ty.dtype)
-    return emit_op(bb, "round_activation", {"x": x}, meaning, group=int(group))
+    parameters: dict[str, Any] = {"group": int(group), "kind": kind}
+    return emit_op(bb, "round_activation", {"x": x}, meaning, **parameters)
 
 
 def activation_group(module: tvm.IRModule, call: relax.Expr) -> int | None:
@@ -171,6 +198,14 @@ def activation_group(module: tvm.IRModule, call: relax.Expr) -> int | None:
         return None
     value = function.attrs["group"]
     return int(getattr(value, "value", value))
+
+
+def activation_kind(module: tvm.IRModule, call: relax.Expr) -> str | None:
+    """What a call of round_activation rounds to, "int8" or "fp8"; None if `call` is no such call."""
+    function = callee(module, call)
+    if function is None or op_of(module, call) != "round_activation":
+        return None
+    return str(function.attrs["kind"])
 
 
 def _f32(value: float) -> relax.Expr:

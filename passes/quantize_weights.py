@@ -119,9 +119,10 @@ class _Quantizer(Rewriter):
         group = scheme.rounding(depth)
         if group is None:
             return x
-        key = (x, group)
+        kind = scheme.format(depth).rounds
+        key = (x, group, kind)
         if key not in self.read:
-            self.read[key] = self.rounded(x, group)
+            self.read[key] = self.rounded(x, group, kind)
         return self.read[key]
 
     def times(self, x: relax.Expr, factor: relax.Var) -> relax.Expr:
@@ -130,12 +131,12 @@ class _Quantizer(Rewriter):
         y = self.emit(R.multiply(x if dtype == "float32" else self.emit(R.astype(x, "float32")), factor))
         return y if dtype == "float32" else self.emit(R.astype(y, dtype))
 
-    def rounded(self, x: relax.Expr, group: int) -> relax.Expr:
+    def rounded(self, x: relax.Expr, group: int, kind: str) -> relax.Expr:
         shape = list(x.ty.shape)
         if len(shape) == 2:
-            return round_activation(self.builder, x, group=group)
+            return round_activation(self.builder, x, group=group, kind=kind)
         count = shape[0]
         for d in shape[1:-1]:
             count = count * d
-        flat = round_activation(self.builder, self.emit(R.reshape(x, [count, shape[-1]])), group=group)
+        flat = round_activation(self.builder, self.emit(R.reshape(x, [count, shape[-1]])), group=group, kind=kind)
         return self.emit(R.reshape(flat, shape))

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import ml_dtypes
 import numpy as np
 import tvm
 import tvm_ffi
 
 from llmc.ir.driver import numpy_dtype
-from llmc.ir.quantized_cache import TINY
+from llmc.ir.quantized_cache import LARGEST, TINY
 from llmc.quality.head import Head, find_head
 from llmc.quality.layers import Layer, cut_layers
 from llmc.quality.part import Part, Pieces, Product, inlined
@@ -50,7 +51,8 @@ class Evaluator:
     Equal layers share one compiled function. Memory does not grow with the model: weights are read in slices, and only
     so many sequences go through a part side by side as ALIVE bytes of their values allow. A Mapping of `others` puts
     other tensors in the place of weights: each with `read(start, stop)` -> rows, and perhaps `activation`, the group in
-    which the activations of its products are rounded to 8 bits (see ir.round_activation), and `order`.
+    which the activations of its products are rounded to 8 bits (see ir.round_activation; to what, `format` says), and
+    `order`.
 
     module   the textbook form
     weights  name -> tensor with shape, dtype and read(start, stop)
@@ -216,8 +218,9 @@ class Held:
     def see(self, weight: int, product: Product, x: np.ndarray, ids: np.ndarray | None) -> np.ndarray:
         if self.watch is not None:
             self.watch(Use(self.names[weight], self.layer, product), x, ids)
-        group = getattr(self.others.get(self.names[weight]), "activation", None)
-        return x if group is None else rounded_activation(x, group)
+        other = self.others.get(self.names[weight])
+        group, format = (getattr(other, name, None) for name in ("activation", "format"))
+        return x if group is None else rounded_activation(x, group, format.rounds if format else "int8")
 
 
 def cast(values: np.ndarray, casts: tuple[str, ...]) -> np.ndarray:
@@ -231,9 +234,10 @@ def cast(values: np.ndarray, casts: tuple[str, ...]) -> np.ndarray:
     return values
 
 
-def rounded_activation(x: np.ndarray, group: int) -> np.ndarray:
+def rounded_activation(x: np.ndarray, group: int, kind: str = "int8") -> np.ndarray:
     """What ir.round_activation says of x [s, i] float32, in numpy."""
-    y = x.reshape(len(x), -1, group or x.shape[1])
+    y, largest = x.reshape(len(x), -1, group or x.shape[1]), LARGEST[kind]
     most = np.maximum(np.abs(y).max(axis=-1, keepdims=True), np.float32(TINY))
-    q = np.round(y * (np.float32(127) / most))
-    return (q * (most * np.float32(1 / 127))).reshape(x.shape)
+    q = y * (np.float32(largest) / most)
+    q = np.round(q) if kind == "int8" else q.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return (q * (most * np.float32(1 / largest))).reshape(x.shape)

@@ -2,7 +2,7 @@
 
 Sources: CUDA C++ Programming Guide 13.0, "Technical Specifications per Compute Capability" (threads, registers, shared
 memory, resident blocks); PTX ISA 9.0 (mma.sync m16n8k16 for f16 and bf16, m16n8k32 for s8, cp.async: sm_80
-and later); for bandwidth,
+and later; m16n8k32 for e4m3: sm_89 and later); for bandwidth,
 multiprocessors and dense float16 rates with float32 sums: NVIDIA's data sheet or white paper of the card that is named.
 sm_75 is left out: it multiplies m16n8k8 only, and has neither bfloat16 nor cp.async.
 """
@@ -63,6 +63,7 @@ def target(arch: str, host: str | None = None) -> GpuTarget:
         matrix_unit="mma",
         dtypes=("float16", "bfloat16"),
         int8_run=4,
+        fp8=_split(arch) >= (8, 9),
         native_bf16=True,
         async_copy=True,
         registers=64 << 10,
@@ -131,5 +132,5 @@ def runs_on(capability: tuple[int, int]) -> list[str]:
 
 
 def _split(arch: str) -> tuple[int, int]:
-    number = arch.removeprefix("sm_")
+    number = arch.partition("_")[2]
     return int(number[:-1]), int(number[-1])

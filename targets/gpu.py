@@ -50,6 +50,7 @@ class GpuTarget:
     lane layout) | "simdgroup" (Apple, 8x8x8). dtypes: operands that it multiplies with float32 sums.
     int8_run: adjacent 8-bit integers of a row that a lane hands, of either operand, to one instruction of the matrix
     unit with 32-bit integer sums; 0: it has none.
+    fp8: the matrix unit multiplies E4M3 numbers (OCP's, with NaN at all ones) with float32 sums.
     native_bf16: the language has a bfloat16 type. async_copy: global to shared memory without registers (cp.async).
     multiprocessors: of the card that bandwidth (bytes/s) and peak (multiply-adds counted as two, float16 operands with
     float32 sums, dense, FLOP/s) belong to. Of each multiprocessor: registers (32 bits a thread's), shared memory in
@@ -85,6 +86,7 @@ class GpuTarget:
     most_tensors: int = 500
     keys_token_last: bool = False
     int8_run: int = 0
+    fp8: bool = False
 
     @property
     def language(self) -> str:

@@ -2,7 +2,8 @@
 
 most = max(max|x|, TINY): also of a group of zeros, M / most and most / M are normal numbers.
 
-With M = 127 these are the numbers of `llmc.ir.quantized.round_activation`, bit for bit.
+With M = 127 these are the numbers of `llmc.ir.quantized.round_activation`, bit for bit; with M = 448 the nearest E4M3
+numbers are its others.
 """
 
 from collections.abc import Callable
@@ -49,6 +50,20 @@ def whole(v: Vector, x: Any, factor: Any) -> Any:
     """
     near = T.bind(v.rint(x * v.broadcast(factor)) + v.const(12582912.0))
     return T.bind(T.reinterpret(v.i32, near) - v.iconst(0x4B400000))
+
+
+def e4m3(v: Vector, x: Any, factor: Any) -> Any:
+    """The E4M3 numbers nearest to x · factor, |x · factor| up to 448 but for a rounding, as float32 lanes.
+
+    From 2**-6 on, 20 bits of float32's mantissa go, and a carry is right; below, numbers are 2**-9 apart.
+    """
+    bits = T.bind(T.reinterpret(v.i32, x * v.broadcast(factor)))
+    size = T.bind(T.bitwise_and(bits, v.iconst(0x7FFFFFFF)))
+    even = T.bitwise_and(T.shift_right(size, v.iconst(20)), v.iconst(1))
+    normal = T.bitwise_and(size + (even + v.iconst(0x7FFFF)), v.iconst(0x7FF00000))
+    small = T.reinterpret(v.i32, v.rint(T.reinterpret(v.f32, size) * v.const(2.0**9)) * v.const(2.0**-9))
+    near = T.Select(size < v.iconst(0x3C800000), small, normal)  # 2**-6
+    return T.bind(T.reinterpret(v.f32, T.bitwise_or(near, T.bitwise_and(bits, v.iconst(-0x80000000)))))
 
 
 def reduce(v: Vector, how: str, value: Any) -> Any:

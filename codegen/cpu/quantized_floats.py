@@ -7,10 +7,11 @@ from typing import Any
 from tvm.tirx.script import builder as T
 
 from llmc.ir.errors import CompileError
+from llmc.ir.quantized_cache import LARGEST
 
 from . import quantized_numbers
 from .matmul import RUN, FloatProduct
-from .quantized_activation import largest, whole
+from .quantized_activation import e4m3, largest, whole
 from .quantized_layout import QuantizedProduct
 from .vector import Vector, loop
 
@@ -42,12 +43,16 @@ class DequantizingProduct(QuantizedProduct, FloatProduct):  # type: ignore[misc]
         with loop(0, rows) as r:
             row = T.bind(source(r))
             with loop(0, self.depth // size) as g:
-                factor, scale = largest(x, row, T.bind(g * size), size, self.target.lanes, 127.0)
+                factor, scale = largest(x, row, T.bind(g * size), size, self.target.lanes, LARGEST[self.format.rounds])
                 with loop(0, -(-size // RUN)) as run:
                     four = Vector(RUN)
                     at = T.bind(start + ((g * (size // RUN) + run) * padded + r) * RUN)
-                    n = whole(four, blocks.vload([at], four.f32), factor)
-                    four.store(blocks, T.Cast(four.f32, n) * four.broadcast(scale), [at])
+                    value = blocks.vload([at], four.f32)
+                    if self.format.rounds == "fp8":
+                        near = e4m3(four, value, factor)
+                    else:
+                        near = T.Cast(four.f32, whole(four, value, factor))
+                    four.store(blocks, near * four.broadcast(scale), [at])
 
     def multiply(self, blocks: Any, w: Sequence[Any], lead: list[Any], p: Any, base: Any, rows: Any, tile: Any) -> None:
         layout, format = self.layout, self.format

@@ -1,9 +1,13 @@
-"""Matrix units over 8-bit codes: both operands as bytes, summed as 32-bit integers, exactly.
+"""Matrix units over 8-bit codes: both operands as bytes, summed as 32-bit integers, exactly, or E4M3, as float32.
 
 Fragments, pieces and sums lie as those of the 16-bit units (matrix_units.py) with twice the elements in as many bytes.
 A weight's codes of 8 bits stand in pieces as they are stored, offset by 128, and become signed when they are read.
 
-Exactness: a product of codes is at most 127 · 128 in size, so that sums over a depth of DEPTH don't overflow.
+Exactness: a product of integers is at most 127 · 128 in size, so that sums over a depth of DEPTH don't overflow.
+A product of E4M3 numbers has 8 bits, and float32 holds it; but units that multiply them line up what one instruction
+adds, and keep fewer bits than float32 has: 14 on Hopper (DeepSeek-V3 Technical Report, 2024, 3.3.2). Their sums are
+taken over PROMOTED of the depth at most, and added up in float32: what is lost is at most PROMOTED · 2**-13 of the
+largest product within them, where sums over the whole depth would lose depth · 2**-13 of the largest sum.
 
 Sources: PTX ISA 9.0, "Matrix Fragments for mma.m16n8k32"; AMD CDNA 2 and CDNA 3 ISA, 7.1 (V_MFMA_I32_16X16X16_I8,
 V_MFMA_I32_16X16X32_I8); AMD RDNA 3 ISA, 7.9, and RDNA 4 ISA, 7.12 (V_WMMA_I32_16X16X16_IU8).
@@ -26,15 +30,18 @@ from .product import Product
 __all__ = ["CodeUnit", "code_unit"]
 
 STRIDE = 32  # codes of a fragment: groups of scales are multiples
+PROMOTED = 128
 DEPTH = 1 << 17  # 2**17 · 127 · 128 < 2**31
 
 
 def code_unit(machine: Machine, product: Product) -> CodeUnit | None:
     """The unit that multiplies the codes of x, rounded to 8 bits, with those of the weight; None: there is none."""
     target, weight, rounded = product.target, product.weight, product.rounded
-    if rounded is None or not isinstance(weight, Format) or not target.int8_run or product.depth > DEPTH:
+    if rounded is None or not isinstance(weight, Format) or rounded % STRIDE or weight.group % STRIDE:
         return None
-    if rounded % STRIDE or weight.group % STRIDE or weight.table:
+    if weight.table == "e4m3" and target.fp8 and target.matrix_unit == "mma":
+        return MmaE4M3(machine, offset=False)
+    if weight.table or not target.int8_run or product.depth > DEPTH:
         return None
     if weight.bits != 4 and (weight.bits, weight.zeros, weight.offset) != (8, False, 128):
         return None  # numbers of more than 8 bits, or stored in several pieces
@@ -45,11 +52,13 @@ def code_unit(machine: Machine, product: Product) -> CodeUnit | None:
 class CodeUnit(Words):
     """See MatrixUnit. offset: W's bytes are offset by 128.
 
-    sum_dtype: of its sums.
+    sum_dtype: of its sums; longest: codes of a period; always: there are periods even where scales have no groups.
     """
 
     stride, chunk = STRIDE, 16
     sum_dtype = "int32"
+    longest = 256  # 256 · 127 · 128 < 2**22
+    always = False
 
     def __init__(self, machine: Machine, offset: bool):
         self.machine, self.dtype, self.offset = machine, "int8", offset
@@ -85,6 +94,23 @@ class MmaCodes(CodeUnit, Mma):
     def __init__(self, machine: Machine, offset: bool):
         CodeUnit.__init__(self, machine, offset)
         self.instruction = "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"
+
+
+class MmaE4M3(MmaCodes):
+    """The same instruction over E4M3 numbers."""
+
+    sum_dtype = "float32"
+    longest, always = PROMOTED, True
+
+    def __init__(self, machine: Machine, offset: bool):
+        CodeUnit.__init__(self, machine, offset)
+        self.instruction = "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32"
+
+    def start(self, sums: Registers) -> None:
+        sums.fill(0)
+
+    def part(self, sum: Any) -> Any:
+        return T.bind(sum)
 
 
 class MfmaCodes(CodeUnit, Mfma):

@@ -54,7 +54,7 @@ class Tiling:
         row = self.depth * 16 // unit.chunk  # bytes of a piece's row
         room, stage = product.target.shared_bytes, self.rows * row
         if isinstance(unit, CodeUnit):
-            period = period_of(product, self.depth // self.parts)
+            period = period_of(product, unit, self.depth // self.parts)
             room -= 2 * (self.rows + self.columns) * (self.depth // period) * 4 if period else 0
         if not decoded(product, unit):
             return max(2, min(STAGES, room // (stage + self.columns * row)))
@@ -196,7 +196,7 @@ def scaling_of(
 ) -> Scaling | None:
     """The scales of groups, where codes have any."""
     product, m, x_scales = operands.product, operands.machine, operands.x_scales
-    period = period_of(product, tiling.depth // tiling.parts)
+    period = period_of(product, unit, tiling.depth // tiling.parts)
     if not period or x_scales is None:
         return None
 

@@ -1,7 +1,7 @@
 """What a tiled product of codes by codes has beside its pieces: scales of groups, and sums that they multiply.
 
-Where neither operand has groups, the units sum over the whole depth, and scales wait for the end. Else they sum over a
-*period* of the depth, within which no scale changes, and sum + period's sum · scales is rounded once to float32.
+Where neither operand has groups, integers are summed over the whole depth, and scales wait for the end. Else sums are
+of a *period* of the depth, within which no scale changes, and sum + period's sum · scales is rounded once to float32.
 """
 
 from __future__ import annotations
@@ -20,13 +20,11 @@ from .product import Product
 
 __all__ = ["ByteSide", "ScaleSide", "Scaling", "period_of"]
 
-LONGEST = 256  # codes of a period: 256 · 127 · 128 < 2**22
 
-
-def period_of(product: Product, share: int) -> int:
+def period_of(product: Product, unit: CodeUnit, share: int) -> int:
     """Codes of a period, where a warp multiplies so many consecutive ones of a step; 0: the whole depth."""
     groups = [g for g in (product.rounded, getattr(product.weight, "group", 0)) if g]
-    return gcd(share, LONGEST, *groups) if groups else 0
+    return gcd(share, unit.longest, *groups) if groups or unit.always else 0
 
 
 class ByteSide(CodeSide):
@@ -182,5 +180,9 @@ class Scaling:
             for e in range(self.unit.run):
                 at = first + apart * e
                 factors = [f for f in (x[row], w[column][e]) if f is not None]
+                value = self.unit.part(self.partial[at])
+                if not factors:
+                    sums[base + at] = sums[base + at] + value
+                    continue
                 factor = factors[0] if len(factors) == 1 else T.bind(factors[0] * factors[1])
-                sums[base + at] = m.fma(self.unit.part(self.partial[at]), factor, sums[base + at])
+                sums[base + at] = m.fma(value, factor, sums[base + at])

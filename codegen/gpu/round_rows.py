@@ -9,7 +9,9 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from .cache_codes import LEAST_BITS
+from llmc.ir.quantized_cache import LARGEST
+
+from .cache_codes import LEAST_BITS, decode, encode
 from .machine import Machine, i64, loop, when
 from .memory import Memory
 from .product import Operands
@@ -33,15 +35,15 @@ def round_rows(operands: Operands, n: Any) -> Operands:
 
     def store(group: Group) -> None:
         with when(group.there), group.elements(group.size) as at:
-            m.store(rounded.elements, [group.base + i64(at)], T.bind(group.code(at) * group.scale))
+            m.store(rounded.elements, [group.base + i64(at)], T.bind(group.number(at) * group.scale))
 
     _launch(operands, n, store)
     return replace(operands, x=rounded)
 
 
 def round_codes(operands: Operands, n: Any) -> Operands:
-    """The same as codes -> operands whose x is int8 [n, stored depth of the weight] as its bytes, zeros past the depth,
-    in the order of Layout.byte_place, and whose x_scales are float32 [n, groups].
+    """The same as codes -> operands whose x is [n, stored depth of the weight], int8 or E4M3 as bytes, zeros past the
+    depth, in the order of Layout.byte_place, and whose x_scales are float32 [n, groups].
     """
     product, m = operands.product, operands.machine
     layout = Layout(product.weight, product.depth)  # type: ignore[arg-type]  # a format: only those have codes
@@ -52,15 +54,15 @@ def round_codes(operands: Operands, n: Any) -> Operands:
     def store(group: Group) -> None:
         with when(group.there):
             with when(group.lane == 0):
-                T.buffer_store(scales.elements, group.scale, [group.number])
-            row = T.bind(T.floordiv(group.number, depth // size))
-            first = T.bind(T.floormod(group.number, depth // size) * size)
+                T.buffer_store(scales.elements, group.scale, [group.index])
+            row = T.bind(T.floordiv(group.index, depth // size))
+            first = T.bind(T.floormod(group.index, depth // size) * size)
             with group.elements(size if size < depth else stored) as at:  # a row's only group has what is past it
                 code = m.registers(1, "int32")
                 code[0] = T.int32(0)
                 with when(at < size):
                     # What is not finite has no code; its scale is NaN.
-                    code[0] = T.Select(group.finite, T.Cast("int32", group.code(T.min(at, size - 1))), T.int32(0))
+                    code[0] = T.Select(group.finite, group.code(T.min(at, size - 1)), T.int32(0))
                 place = T.bind(layout.byte_place(first + i64(at)))
                 T.buffer_store(codes.elements, T.Cast("uint8", code[0]), [row * stored + place])
 
@@ -71,14 +73,15 @@ def round_codes(operands: Operands, n: Any) -> Operands:
 class Group:
     """A group of x as the lanes that round it see it.
 
-    number: int64, among all; base: of its first element; there: whether it is. lane, lanes: this one, of so many.
+    index: int64, among all; base: of its first element; there: whether it is. lane, lanes: this one, of so many.
     scale: float32; NaN where not all of its elements are finite.
     """
 
-    def __init__(self, operands: Operands, number: Any, total: Any, size: int, lanes: int):
+    def __init__(self, operands: Operands, index: Any, total: Any, size: int, lanes: int):
         self.operands, self.machine, self.size, self.lanes = operands, operands.machine, size, lanes
-        self.number, self.there = number, number < total
-        self.base = T.bind(T.min(number, total - 1) * size)  # all lanes take part in a warp's maximum
+        self.kind = operands.product.weight.rounds  # type: ignore[union-attr]  # a format: floats meet none
+        self.index, self.there = index, index < total
+        self.base = T.bind(T.min(index, total - 1) * size)  # all lanes take part in a warp's maximum
         self.lane = T.bind(T.floormod(self.machine.thread, lanes))
         self.scale = self.inverse = self.finite = None
 
@@ -91,8 +94,18 @@ class Group:
     def load(self, at: Any) -> Any:
         return self.machine.load_f32(self.operands.x.elements, [self.base + i64(at)])
 
-    def code(self, at: Any) -> Any:
+    def number(self, at: Any) -> Any:
+        """What an element is rounded to, before its scale, float32."""
+        if self.kind == "fp8":
+            return decode(self.machine, self.kind, T.bind(T.reinterpret("uint32", self.code(at))))
         return round_even(self.machine, self.load(at), self.inverse)
+
+    def code(self, at: Any) -> Any:
+        """Its code in the low byte of an int32."""
+        if self.kind == "fp8":
+            value = self.machine.fma(self.load(at), self.inverse, T.float32(0))  # a product that no compiler fuses
+            return T.bind(encode(self.machine, self.kind, value))
+        return T.bind(T.Cast("int32", self.number(at)))
 
     def find_scale(self) -> None:
         """The bits of sizes are in the order of the sizes, and NaN's above them all."""
@@ -107,9 +120,9 @@ class Group:
         else:
             largest = m.block_reduce(T.max, T.bind(most[0]), m.shared(THREADS // m.warp, "int32"))
         self.finite = T.bind(largest < NOT_FINITE)
-        safe = m.keep(T.reinterpret("float32", largest), "float32")
-        self.inverse = divide(m, T.float32(127), safe)
-        scale = T.bind(safe * m.number(1 / 127))
+        safe, units = m.keep(T.reinterpret("float32", largest), "float32"), LARGEST[self.kind]
+        self.inverse = divide(m, T.float32(units), safe)
+        scale = T.bind(safe * m.number(1 / units))
         nan = T.reinterpret("float32", T.uint32(0x7FC00000))
         self.scale = m.keep(T.Select(self.finite, scale, nan), "float32")
 
@@ -126,8 +139,8 @@ def _launch(operands: Operands, n: Any, store: Callable[[Group], None]) -> None:
     at_once = THREADS // lanes
     total = T.bind(n * (product.depth // size))
     with m.launch([T.floordiv(total + (at_once - 1), T.int64(at_once))], THREADS) as (block,):
-        number = T.bind(i64(block) * at_once + i64(T.floordiv(m.thread, lanes)))
-        group = Group(operands, number, total, size, lanes)
+        index = T.bind(i64(block) * at_once + i64(T.floordiv(m.thread, lanes)))
+        group = Group(operands, index, total, size, lanes)
         group.find_scale()
         store(group)
 

@@ -13,7 +13,7 @@ import tvm
 from tvm.tirx.script import builder as T
 
 from llmc.ir.quantized import TABLES, Format
-from llmc.ir.quantized_cache import TINY
+from llmc.ir.quantized_cache import LARGEST, TINY, code, number
 
 from ..cpu.vector import Params
 from ..gpu.machine import flat, i64, kernel, loop, widen
@@ -89,7 +89,7 @@ def _product(
             with loop(depth) as k:
                 T.buffer_store(values, widen(x[i * depth + k]), [k])
             if rounded is not None:
-                _round(values, depth, rounded or depth, activation)
+                _round(values, depth, rounded or depth, activation, format.rounds)
             first = T.bind(i64(named["ids"][i]) * columns) if ids else T.int64(0)
             with loop(columns) as j:
                 row = T.bind(first + i64(j))
@@ -101,8 +101,9 @@ def _product(
     return kernel("product", params, body)
 
 
-def _round(values: Any, depth: int, size: int, dtype: str) -> None:
+def _round(values: Any, depth: int, size: int, dtype: str, kind: str) -> None:
     """The row `values` as llmc.ir.quantized.round_activation says it, in groups of `size`."""
+    units = LARGEST[kind]
     most = T.alloc_buffer((1,), "float32")
     with loop(depth // size) as group:
         T.buffer_store(most, T.float32(TINY), [0])
@@ -110,9 +111,14 @@ def _round(values: Any, depth: int, size: int, dtype: str) -> None:
             T.buffer_store(most, T.max(most[0], T.abs(values[group * size + k])), [0])
         with loop(size) as k:
             at = T.bind(group * size + k)
-            code = T.nearbyint(values[at] * (T.float32(127) / most[0]))
-            value = T.bind(code * (most[0] * T.float32(float(np.float32(1 / 127)))))
+            near = _nearest(T.bind(values[at] * (T.float32(units) / most[0])), kind)
+            value = T.bind(near * (most[0] * T.float32(float(np.float32(1 / units)))))
             T.buffer_store(values, widen(_narrow(value, dtype)), [at])
+
+
+def _nearest(value: Any, kind: str) -> Any:
+    """The integer or the E4M3 number nearest to float32 `value`."""
+    return T.nearbyint(value) if kind == "int8" else number(kind, T.bind(code(kind, value)))
 
 
 def _narrow(value: Any, dtype: str) -> Any:

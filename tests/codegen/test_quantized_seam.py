@@ -122,6 +122,17 @@ def test_the_kernel_rounds_what_was_rounded(asked):
     assert [op_name(b.value) for b in bindings(made["step"])] == ["call_tir"]  # nothing rounds beside it
 
 
+def test_a_kernel_does_not_round_to_other_numbers_than_the_op_says(asked):
+    """Integers where E4M3 was asked for: the op stays, and the kernel takes what it gives."""
+
+    def body(bb, x, ids, w):
+        return linear(bb, round_activation(bb, x, group=32, kind="fp8"), w)
+
+    made = lowered(module(body, {"w": (INT4, (96, 64))}))
+    assert asked[0][2]["rounded"] is None
+    assert len(list(bindings(made["step"]))) == 2
+
+
 def test_joined_parts_are_packed_as_one(asked):
     bb, n = relax.BlockBuilder(), tirx.Var("n", "int64")
     x = relax.Var("x", relax.TensorType([n, 64], "float32"))

@@ -4,8 +4,17 @@ import numpy as np
 import pytest
 from tvm import relax
 
+from llmc.ir.driver import numpy_dtype
 from llmc.ir.evaluate import evaluate
-from llmc.ir.quantized import TABLES, Format, activation_group, dequantize, format_of, round_activation
+from llmc.ir.quantized import (
+    TABLES,
+    Format,
+    activation_group,
+    activation_kind,
+    dequantize,
+    format_of,
+    round_activation,
+)
 from llmc.ir.rewrite import bindings
 
 FORMATS = [
@@ -88,6 +97,34 @@ def test_round_activation_is_symmetric_rounding_of_each_token(group):
     q = np.rint(blocks * (np.float32(127) / safe))
     np.testing.assert_array_equal(found.reshape(blocks.shape), q * (safe * np.float32(1 / 127)))
     assert np.abs(q).max() == 127 and not found[[2, 4]].any() and 0 < np.abs(q[3]).max() < 60
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("group", [0, 32])
+def test_round_activation_to_e4m3_takes_the_nearest_number(group, dtype):
+    """Of every size: those that E4M3 has no normal number for, ties, the largest."""
+    import ml_dtypes
+
+    random = np.random.default_rng(4)
+    x = (random.normal(size=(6, 96)) * 2.0 ** random.integers(-14, 3, (6, 96))).astype("float32")
+    x[2] = 0
+    x[3] = 448 * random.choice([-1, 1], 96)
+    x[4, 1:17] = np.arange(16) * 2.0**-10  # multiples of half the least number, where the largest is 448
+    x[4, 17:33] = (16 + np.arange(16)) * 8  # and of half of what is between 128 and 256
+    x[4, ::48] = 448
+    x = x.astype(numpy_dtype(dtype))
+    module = program([(x.shape, dtype)], lambda bb, p: round_activation(bb, p, group=group, kind="fp8"))
+    assert activation_kind(module, next(b.value for b in bindings(module["main"]))) == "fp8"
+    blocks = x.astype("float32").reshape(6, -1, group or 96)
+    safe = np.maximum(np.abs(blocks).max(-1, keepdims=True), np.float32(1e-30))
+    q = (blocks * (np.float32(448) / safe)).astype(ml_dtypes.float8_e4m3fn).astype("float32")
+    expected = (q * (safe * np.float32(1 / 448))).reshape(x.shape).astype(x.dtype)
+    np.testing.assert_array_equal(np.asarray(evaluate(module, [x])).astype("float32"), expected.astype("float32"))
+
+
+def test_activations_are_rounded_to_what_their_weights_are_made_of():
+    assert Format(8, 0, table="e4m3").rounds == "fp8"
+    assert {Format(8, 0).rounds, Format(4, 32, table="e2m1").rounds, Format(4, 32, table="nf4").rounds} == {"int8"}
 
 
 def test_groups_that_do_not_fill_a_row_are_refused():

@@ -75,19 +75,20 @@ def test_weights_of_one_layer_are_in_memory(model):
     assert len(matrices) == len(set(matrices)) == 7, "once for all sequences"
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
 @pytest.mark.parametrize("group", [0, 4])
-def test_rounded_activations_are_those_of_the_op(group):
+def test_rounded_activations_are_those_of_the_op(group, kind):
     rng = np.random.default_rng(2)
     table = (rng.standard_normal((48, 8)) * 3).astype("float32")
     table[5] = 0
 
     def body(bb, tokens, positions, table):
-        return round_activation(bb, bb.emit(R.take(table, tokens, 0)), group=group)
+        return round_activation(bb, bb.emit(R.take(table, tokens, 0)), group=group, kind=kind)
 
     tokens = np.arange(48, dtype="int32")
     module = program(body, {"table": (48, 8)}, batch=False)
     want = evaluate(module, [tokens, tokens, table])
-    np.testing.assert_array_equal(rounded_activation(table, group), want)
+    np.testing.assert_array_equal(rounded_activation(table, group, kind), want)
 
 
 def test_a_weight_says_how_activations_are_rounded(model, evaluator):

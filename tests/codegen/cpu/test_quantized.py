@@ -89,13 +89,17 @@ def packed(target, options, parts):
     return [np.asarray(x) for x in evaluate(builder.get(), list(parts.values()))]
 
 
-def rounded_rows(x, group):
-    """round_activation in float32, as its docstring has it."""
+def rounded_rows(x, group, table=""):
+    """round_activation in float32, as its docstring has it; table: of the weight."""
+    import ml_dtypes
+
+    largest = 448 if table == "e4m3" else 127
     rows = x.astype(np.float32).reshape(len(x), -1, group or x.shape[1])
     most = np.abs(rows).max(-1, keepdims=True)
     most = np.maximum(most, np.float32(1e-30))
-    whole = np.rint(rows * (np.float32(127) / most))
-    return (whole * (most * np.float32(1 / 127))).reshape(x.shape)
+    near = rows * (np.float32(largest) / most)
+    near = near.astype(ml_dtypes.float8_e4m3fn).astype(np.float32) if table == "e4m3" else np.rint(near)
+    return (near * (most * np.float32(1 / largest))).reshape(x.shape)
 
 
 def bound(options, x, w, rounded, out):
@@ -126,7 +130,7 @@ def run(target, options, rounded, activation, shape, seed=0):
         y = np.full((n, shape[0]), np.nan, DTYPES[activation])
         kernel(x[:n].copy(), *stored, y)
         results[n] = y.astype(np.float64)
-    seen = x if rounded is None else rounded_rows(x, rounded)
+    seen = x if rounded is None else rounded_rows(x, rounded, options.get("table", ""))
     seen = seen.astype(np.float64)
     excess = np.abs(results[max(ROWS)] - seen @ w.T) / (bound(options, seen, w, rounded, activation) + 1e-30)
     return float(excess.max()), all(np.array_equal(y, results[max(ROWS)][:n]) for n, y in results.items())
@@ -164,23 +168,25 @@ def run_codes():
 
     depth, found = 96, []
     for target in native.targets():
-        for group in (0, 16, 32):
+        for group, kind in [(0, "int8"), (16, "int8"), (32, "int8"), (0, "fp8"), (32, "fp8")]:
             x = native.normal(3, (50, depth)) * 10.0 ** np.arange(-45, 55, 2).clip(max=36)[:, None]
             x = x.astype(np.float32)
             x[7] = 0
             x[8, :8] = np.arange(8) * 0.5  # ties, where the largest is 127
-            x[8, 8:] = 127
+            x[8, 8:] = 127 if kind == "int8" else 448
             x[9:30] = native.normal(4, (21, depth), "bfloat16").astype(np.float32)  # products close to ties
-            options = INT8 | {"offset": 0}
-            parts = {"codes": np.eye(depth, dtype=np.uint8), "scales": np.ones((depth, 1), np.float32)}
+            x[30] = x[8] * 2.0**-10 * (np.arange(depth) % 16 > 0) + x[8] * (np.arange(depth) % 16 == 0)  # small ones
+            options = INT8 | ({"offset": 0} if kind == "int8" else {"table": "e4m3"})
+            one = np.uint8(1 if kind == "int8" else 0x38)
+            parts = {"codes": np.eye(depth, dtype=np.uint8) * one, "scales": np.ones((depth, 1), np.float32)}
             made = quantized.matmul(target, depth, depth, format=Format(**options), rounded=group)
             y = np.full((50, depth), np.nan, np.float32)
             native.build(made, target)(x, *packed(target, options, parts), y)
             builder = relax.BlockBuilder()
             row = relax.Var("x", relax.TensorType(x.shape, "float32"))
             with builder.function("main", [row]):
-                builder.emit_func_output(round_activation(builder, row, group=group))
-            found.append((target.name, group, y, np.asarray(evaluate(builder.get(), [x]))))
+                builder.emit_func_output(round_activation(builder, row, group=group, kind=kind))
+            found.append((f"{target.name} {kind}", group, y, np.asarray(evaluate(builder.get(), [x]))))
     return found
 
 

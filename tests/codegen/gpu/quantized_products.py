@@ -79,14 +79,15 @@ def stored_groups(x, format, depth):
     return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, groups - x.shape[-1])])
 
 
-def round_activation(x, group):
-    """x [n, depth] as 8-bit integers of groups (0: rows) say it, all in float32; see llmc.ir.quantized."""
-    depth = group or x.shape[1]
+def round_activation(x, group, table=""):
+    """x [n, depth] as 8-bit integers or E4M3 numbers of groups (0: rows) say it, in float32; see llmc.ir.quantized."""
+    depth, largest = group or x.shape[1], 448 if table == "e4m3" else 127
     y = x.astype(np.float32).reshape(len(x), x.shape[1] // depth, depth)  # there may be no rows
     most = abs(y).max(-1, keepdims=True)
     safe = np.maximum(most, np.float32(1e-30))
-    codes = np.rint(y * (np.float32(127) / safe))
-    return (codes * (safe * np.float32(1 / 127))).reshape(x.shape).astype(x.dtype)
+    codes = y * (np.float32(largest) / safe)
+    codes = codes.astype(ml_dtypes.float8_e4m3fn).astype(np.float32) if table == "e4m3" else np.rint(codes)
+    return (codes * (safe * np.float32(1 / largest))).reshape(x.shape).astype(x.dtype)
 
 
 class QuantizedWeight:

@@ -36,9 +36,11 @@ def multiplied_as(target, case, rows):
 
 
 def multiplies_codes(target, case, rounded):
-    """Whether a matrix unit multiplies x's codes with the weight's as integers."""
-    if rounded is None or not target.int8_run or case.format.table or rounded % 32 or case.format.group % 32:
+    """Whether a matrix unit multiplies x's codes with the weight's, as integers or as E4M3 numbers."""
+    if rounded is None or rounded % 32 or case.format.group % 32:
         return False
+    if case.format.table or not target.int8_run:
+        return case.format.table == "e4m3" and target.fp8
     return case.format.bits == 4 or (case.format.bits, case.format.zeros) == (8, False)
 
 
@@ -55,9 +57,10 @@ def check(name, case, rows=ROWS, rounded=None):
         many = n if n > max(8, case.experts or 0) else 0
         if many and multiplies_codes(target, case, rounded):
             # Sums of integers are exact, and codes times their scale are not rounded to x's dtype.
-            miss = case.largest_miss(y, None, round_activation(case.x.astype(np.float32), rounded))
+            x = round_activation(case.x.astype(np.float32), rounded, case.format.table)
+            miss = case.largest_miss(y, None, x)
         else:
-            x = None if rounded is None else round_activation(case.x, rounded)
+            x = None if rounded is None else round_activation(case.x, rounded, case.format.table)
             miss = case.largest_miss(y, multiplied_as(target, case, many), x)
         assert miss <= 1, f"{n} rows: {miss:.2f} times as far from the product as it may be"
 
@@ -107,20 +110,22 @@ def test_all_experts(name, format, activation, rounded):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXECUTED)
-@pytest.mark.parametrize("group", [0, 16, 32, 64])
-def test_activations_are_rounded_to_the_codes_that_numpy_finds(name, group):
+@pytest.mark.parametrize(("group", "table"), [(0, ""), (16, ""), (32, ""), (64, ""), (0, "e4m3"), (32, "e4m3")])
+def test_activations_are_rounded_to_the_codes_that_numpy_finds(name, group, table):
     """The weight is the identity: y says what x was rounded to, bit by bit; ties and groups of zeros among them."""
-    format = replace(FORMATS["int8"], group=0, scale="float32")
+    format = FORMATS["fp8" if table else "int8"]
+    one = np.uint8(0x38) if table else np.uint8(129)
     random = np.random.default_rng(7)
     x = random.standard_normal((16, 64)).astype(np.float32)
     x[1] = random.integers(-254, 255, 64) / 2
     x[1, ::16] = 127
     x[2, :32] = 0
+    x[3, 1:] = x[3, 1:] * 2.0**-12  # for E4M3, too small to be normal
     kernel = quantized.matmul(small(name), 64, 64, format=format, activation="float32", out="float32", rounded=group)
-    codes, scales = np.eye(64, dtype=np.uint8) + np.uint8(128), np.ones((64, 1), np.float32)
+    codes, scales = np.where(np.eye(64, dtype=bool), one, np.uint8(format.offset)), np.ones((64, 1), np.float32)
     for n in (5, 16):
         y = check_all(kernel, small(name), [x[:n], codes, scales, Unwritten((n, 64), "float32")])[-1]
-        np.testing.assert_array_equal(y, round_activation(x[:n], group))
+        np.testing.assert_array_equal(y, round_activation(x[:n], group, table))
 
 
 CODES = [
@@ -132,11 +137,13 @@ CODES = [
     ("int4-zp", 0),
     ("int4-g128-zp", 128),
     ("int4-row", 0),
+    ("fp8", 0),
+    ("fp8-g128", 128),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", (*EXECUTED[:4], "rocm:gfx90a"))
+@pytest.mark.parametrize("name", (*EXECUTED, "cuda:sm_80", "rocm:gfx90a"))
 @pytest.mark.parametrize(("format", "rounded"), CODES)
 def test_all_products_of_codes(name, format, rounded):
     """Groups on either side, on both, of different sizes, and on none; rows of whole steps and not."""
@@ -159,7 +166,7 @@ def test_codes_of_the_largest_size_do_not_overflow(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXECUTED[:2])
-@pytest.mark.parametrize(("format", "rounded"), [("int8", 0), ("int4", 32)])
+@pytest.mark.parametrize(("format", "rounded"), [("int8", 0), ("int4", 32), ("fp8", 0)])
 def test_rows_that_are_not_finite(name, format, rounded):
     case = QuantizedCase(format, 34, 64, "float32")
     x, *w, y = case.arguments(12)

@@ -23,14 +23,15 @@ TARGETS = [
     "metal",
 ]
 GIVEN = 8  # registers of a thread are given out by so many
-ROUNDED = [("int8", 0), ("int4", 32), ("int4-g128-zp", 0), ("int8-g64", 64)]  # products of codes
+ROUNDED = [("int8", 0), ("int4", 32), ("int4-g128-zp", 0), ("int8-g64", 64), ("fp8", 0)]  # products of codes
 FORMATS = [("int4-zp", "float16"), ("int8", "bfloat16"), ("nf4", "float16"), ("fp8-g128", "bfloat16")]
 SLOW = [(name, *how) for name in ("cuda:sm_90", "rocm:gfx942", "metal") for how in FORMATS]
 
 
 def check(name, format, activation, rounded=None):
     """-> kernel -> what it takes."""
-    shape = ["1024", "1024", activation] + ([] if rounded is None else [str(rounded)])
+    # Products of codes take more steps than nvcc unrolls whole: of four it spills 16 bytes where there are zero points.
+    shape = ["1024", "1024", activation] if rounded is None else ["1024", "4096", activation, str(rounded)]
     command = [sys.executable, "-m", "tests.codegen.gpu.gates_of_kernel", name, format, *shape]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -37,6 +37,15 @@ def test_experts_and_rounded_activations():
         assert case.largest_miss(run(kernel, *given, np.zeros((4, 10), "float32")), x=x) <= 1
 
 
+@pytest.mark.parametrize("rounded", [0, 128])
+def test_activations_beside_e4m3_weights_are_rounded_to_e4m3(rounded):
+    case = QuantizedCase("fp8-g128", 10, 256, "float32")
+    kernel = quantized.matmul(None, 10, 256, format=case.format, activation="float32", out="float32", rounded=rounded)
+    *given, _ = case.arguments(3)
+    x = round_activation(case.x, rounded, "e4m3")
+    assert case.largest_miss(run(kernel, *given, np.zeros((3, 10), "float32")), x=x) <= 1
+
+
 def test_rows_by_number():
     case = QuantizedCase("nf4", 10, 64, "float32")
     kernel = quantized.take(None, 10, 64, format=case.format, out="float16", ids="int32")
