@@ -31,8 +31,8 @@ TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
 LOSS = {"int8": 3e-2, "fp8": 1.5e-1}
 # And afterwards: where sums differ in their last bits, a number between two codes may become the other one.
 FLIPS = {"int8": 5e-3, "fp8": 5e-2}
-# Activations in 8 bits (scheme.activation): as of an int8 cache.
-ROUNDED, ROUNDED_FLIPS = 1e-1, 1e-2
+# Activations in 8 bits (scheme.activation), by what they are rounded to: as of a cache.
+ROUNDED, ROUNDED_FLIPS = 1e-1, {"int8": 1e-2, "fp8": 5e-2}
 # Kernels over quantized weights may take activations as 16-bit fixed point in groups: 1e-5 of the largest beside each.
 KERNELS = 5e-3
 LONGEST = 256  # tokens; windows and chunks beyond it are not crossed
@@ -103,7 +103,8 @@ class Verifier:
         _, error = self.worst(found)
         if not error <= self.tolerance:
             raise CompileError(self.words(current.name, error), pass_name=current.name, op="dequantize")
-        self.wanted, self.imported, self.tolerance = found, after, max(own, ROUNDED_FLIPS) if rounds else own
+        flips = [ROUNDED_FLIPS[kind] for kind in rounded_to(after)]
+        self.wanted, self.imported, self.tolerance = found, after, max(own, *flips) if flips else own
         self.kernels = KERNELS
         self.__dict__.pop("wanted_points", None)
 
@@ -360,3 +361,9 @@ def difference(found: np.ndarray, wanted: np.ndarray, spread: float | None = Non
 
 def as_list(value: np.ndarray | tuple) -> list[np.ndarray]:
     return list(value) if isinstance(value, tuple) else [value]
+
+
+def rounded_to(module: tvm.IRModule) -> set[str]:
+    """The kinds of numbers that a program's activations are rounded to: see llmc.ir.quantized.round_activation."""
+    made = [f.attrs for f in module.functions.values() if f.attrs and f.attrs.get("llmc.op") == "round_activation"]
+    return {str(attrs["kind"]) for attrs in made}
