@@ -45,8 +45,7 @@ def compiled(name, scheme, work, **how):
     quantization.SMALLEST = quantization.NARROWEST = 1
     floats = comparison.model_folder(name, work)
     how = {"max_context": configs.variant(name).max_context} | how
-    # A path of its own: a process that has opened a library under a name is given that one again.
-    path = llmc.compile(floats, quantize=scheme, output=work / f"{name}-{scheme}.llmc", overwrite=True, **how)
+    path = llmc.compile(floats, quantize=scheme, output=work / f"{name}.llmc", overwrite=True, **how)
     facts = llmc.inspect(path).to_dict()["model"]["quantization"]
     done = {weight for names in facts["formats"].values() for weight in names}
     folder = work / "stand-for" / name

@@ -7,6 +7,7 @@ import ctypes
 import importlib.util
 import os
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,13 +45,19 @@ def open_runtime(name: str) -> None:
 def open_library(library: Path, devices: Sequence[int]) -> Any:
     """An artifact's library -> its functions by name, at work on devices: (type, number, allocator) of each, flat.
 
+    It is opened by a name that was never used: by one that was, the linker answers with the library that it opened
+    then, though another has been compiled to that path since.
+
     Raises ArtifactError: it is none of llmc's, or can't be opened here.
     """
     tvm_ffi = ffi()
-    try:
-        machine = tvm_ffi.load_module(str(library))["vm_load_executable"]()
-    except (AttributeError, KeyError, OSError, RuntimeError, ValueError) as error:
-        raise ArtifactError(f"{library}: expected a library made by llmc, could not open it: {error}") from error
+    with tempfile.TemporaryDirectory(prefix="llmc-") as folder:
+        link = Path(folder) / library.name
+        link.symlink_to(library.resolve())
+        try:
+            machine = tvm_ffi.load_module(str(link))["vm_load_executable"]()
+        except (AttributeError, KeyError, OSError, RuntimeError, ValueError) as error:
+            raise ArtifactError(f"{library}: expected a library made by llmc, could not open it: {error}") from error
     machine["vm_initialization"](*devices)
     return machine
 

@@ -34,7 +34,7 @@ class CpuExecutor(HostLogits):
         self._from_dlpack, self._convert = tvm_ffi.from_dlpack, tvm_ffi.convert
         # Allocator 1: memory of a step goes back to the C library. TVM's pool (2) keeps one block for every size it
         # has ever seen, and ragged steps have every size.
-        machine = open_library(inside(folder, target.library).resolve(), (CPU, 0, 1))
+        machine = open_library(inside(folder, target.library), (CPU, 0, 1))
         self._keep: list[Any] = [machine, weights]
         self._arrays: dict[str, np.ndarray] = {}
         self._embed, self._step = function(machine, target, "embed"), function(machine, target, "step")

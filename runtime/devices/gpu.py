@@ -96,7 +96,7 @@ class GpuExecutor:
             if not 0 <= device < there:
                 raise RequestError(f"device: expected one of 0 … {there - 1}, found {device!r}")
             open_backend(target.kind)
-            machine = open_library(inside(folder, target.library).resolve(), self.devices)
+            machine = open_library(inside(folder, target.library), self.devices)
             driver = graphs.CudaDriver() if target.kind == "cuda" and graphs.wanted() else None
         else:
             machine["vm_initialization"](*self.devices)
