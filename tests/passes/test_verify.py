@@ -174,15 +174,22 @@ def quantized_weights(module, weights, goal):
     return found
 
 
-@pytest.mark.parametrize("scheme", ["int4-g16-zp", "int4-g16-a8"])
-def test_a_quantized_program_is_verified_as_what_its_codes_stand_for(model, scheme):
+@pytest.mark.parametrize(
+    ("scheme", "tolerance"),
+    [
+        ("int4-g16-zp", verify.TOLERANCE["float32"]),
+        ("int4-g16-a8", verify.ROUNDED_FLIPS["int8"]),
+        ("fp8-a8", verify.ROUNDED_FLIPS["fp8"]),
+    ],
+)
+def test_a_quantized_program_is_verified_as_what_its_codes_stand_for(model, scheme, tolerance):
     module, weights = model
     names = [n for n, use in weight_uses(module).items() if use.roles]
     goal = replace(GOAL, schemes=dict.fromkeys(names, schemes.parse(scheme)))
     given = quantized_weights(module, weights, goal)
     verifier = verify.Verifier(module, given, goal)
     manager.run(module, goal, on_pass=verifier.on_pass)
-    assert verifier.tolerance == (verify.ROUNDED_FLIPS if scheme.endswith("a8") else verify.TOLERANCE["float32"])
+    assert verifier.tolerance == tolerance
 
 
 def test_parts_that_are_read_wrongly_are_seen(model, monkeypatch):
