@@ -91,7 +91,9 @@ def write_reference(name, floats, scheme, done, folder):
             rounds = True
             for layer in model.modules():
                 if getattr(layer, "weight", None) is own[weight] and not isinstance(layer, torch.nn.Embedding):
-                    layer.register_forward_pre_hook(lambda _, args, group=group: (rounded(args[0], group), *args[1:]))
+                    layer.register_forward_pre_hook(
+                        lambda _, args, how=(group, format.rounds): (rounded(args[0], *how), *args[1:])
+                    )
     facts, ids, _ = checkpoints.read(floats)
     want = [checkpoints.logits(model, sequence) for sequence in ids]
     arrays = {f"tokens_{i}": sequence for i, sequence in enumerate(ids)}
@@ -100,12 +102,15 @@ def write_reference(name, floats, scheme, done, folder):
     return rounds
 
 
-def rounded(x, group):
+def rounded(x, group, kind):
     """Activations [..., i] in 8 bits, as `ir.quantized.round_activation` says it."""
+    largest = {"int8": 127, "fp8": 448}[kind]
     blocks = x.reshape(*x.shape[:-1], -1, group or x.shape[-1])
     most = blocks.abs().amax(-1, keepdim=True)
     safe = torch.where(most > 0, most, torch.ones_like(most))
-    return (torch.round(blocks * (127 / safe)) * (safe * np.float32(1 / 127))).reshape(x.shape)
+    scaled = blocks * (largest / safe)
+    numbers = torch.round(scaled) if kind == "int8" else scaled.to(torch.float8_e4m3fn).to(x.dtype)
+    return (numbers * (safe * np.float32(1 / largest))).reshape(x.shape)
 
 
 def result_path(work, scheme):

@@ -32,7 +32,8 @@ LOSS = {"int8": 3e-2, "fp8": 1.5e-1}
 # And afterwards: where sums differ in their last bits, a number between two codes may become the other one.
 FLIPS = {"int8": 5e-3, "fp8": 5e-2}
 # Activations in 8 bits (scheme.activation), by what they are rounded to: as of a cache.
-ROUNDED, ROUNDED_FLIPS = 1e-1, {"int8": 1e-2, "fp8": 5e-2}
+ROUNDED = {"int8": 1e-1, "fp8": 3e-1}
+ROUNDED_FLIPS = {"int8": 1e-2, "fp8": 5e-2}
 # Kernels over quantized weights may take activations as 16-bit fixed point in groups: 1e-5 of the largest beside each.
 KERNELS = 5e-3
 LONGEST = 256  # tokens; windows and chunks beyond it are not crossed
@@ -98,13 +99,13 @@ class Verifier:
         weights, self.weights = self.weights, _Arrays(given)
         self.wanted, self.weights = self.run(program), weights
         found = self.run(after)
-        rounds = any(scheme.activation is not None for scheme in self.schemes.values())
-        self.tolerance, own = max(self.tolerance, ROUNDED) if rounds else self.tolerance, self.tolerance
+        kinds, own = rounded_to(after), self.tolerance
+        self.tolerance = max(own, *(ROUNDED[kind] for kind in kinds)) if kinds else own
         _, error = self.worst(found)
         if not error <= self.tolerance:
             raise CompileError(self.words(current.name, error), pass_name=current.name, op="dequantize")
-        flips = [ROUNDED_FLIPS[kind] for kind in rounded_to(after)]
-        self.wanted, self.imported, self.tolerance = found, after, max(own, *flips) if flips else own
+        self.tolerance = max(own, *(ROUNDED_FLIPS[kind] for kind in kinds)) if kinds else own
+        self.wanted, self.imported = found, after
         self.kernels = KERNELS
         self.__dict__.pop("wanted_points", None)
 

@@ -179,7 +179,6 @@ def quantized_weights(module, weights, goal):
     [
         ("int4-g16-zp", verify.TOLERANCE["float32"]),
         ("int4-g16-a8", verify.ROUNDED_FLIPS["int8"]),
-        ("fp8-a8", verify.ROUNDED_FLIPS["fp8"]),
     ],
 )
 def test_a_quantized_program_is_verified_as_what_its_codes_stand_for(model, scheme, tolerance):
