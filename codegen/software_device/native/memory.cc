@@ -15,6 +15,7 @@ enum : uint16_t {
 };
 
 constexpr size_t PAGE = 4096;
+constexpr size_t GUARD = 256 << 20;  // address space, never memory, on both sides of an allocation: a stray offset meets no other
 constexpr size_t SHARED_BYTES = 512 << 10, SHARED_GAP = 1024, MAX_SHARED = 64;
 
 Allocation **table;  // sorted by base
@@ -320,12 +321,14 @@ uint32_t device_shared_address(const void *address) {
 void *device_shared_pointer(uint32_t address) { return shared_base + (address - 16); }
 
 void *device_allocate(size_t bytes) {
-  size_t body = (bytes + 255) / 256 * 256, map_bytes = (body + PAGE - 1) / PAGE * PAGE + 2 * PAGE;
-  char *map = (char *)mmap(nullptr, map_bytes, 3, 0x4022, -1, 0);
+  size_t body = (bytes + 255) / 256 * 256, pages = (body + PAGE - 1) / PAGE * PAGE, map_bytes = pages + 2 * GUARD;
+  char *map = (char *)mmap(nullptr, map_bytes, 0, 0x4022, -1, 0);
   if (map == (char *)-1) return nullptr;
-  mprotect(map, PAGE, 0);
-  mprotect(map + map_bytes - PAGE, PAGE, 0);
-  char *base = map + map_bytes - PAGE - body;
+  if (mprotect(map + GUARD, pages, 3)) {
+    munmap(map, map_bytes);
+    return nullptr;
+  }
+  char *base = map + GUARD + pages - body;
   memset(base, POISON, body);
   Allocation *a = add_allocation(base, bytes, "memory of no launch", false);
   a->map = map, a->map_bytes = map_bytes;

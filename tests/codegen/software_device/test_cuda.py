@@ -62,6 +62,11 @@ def test_out_of_bounds_does_not_reach_another_tensor():
     assert (found.fault, found.line) == ("bounds", 4)
 
 
+def test_tensors_lie_too_far_apart_for_a_stray_offset():
+    far = "  long apart = (char*)x - (char*)y;\n  y[threadIdx.x] = (float)((apart < 0 ? -apart : apart) >> 20);"
+    assert run(far)[1].min() >= 256
+
+
 def test_shared_memory_is_bounded():
     assert fault("  *(s + threadIdx.x + 1) = 0;").fault == "bounds"
     assert fault("  s[threadIdx.x + 1] = 0;").fault in ("index", "bounds")
