@@ -215,13 +215,15 @@ class CodeSide:
 
     def land(self, step: Any, stage: Any) -> None:
         for place, held in enumerate(self.held):
-            for _, _, first, count in self.rows.pieces(self.places[place][0], T.int64(0)):
-                at = T.bind(self.slot(stage, place, first, count))
-                if count == 1:
-                    held[first] = self.raw[at]
-                else:
-                    vector = self.raw.vload([at], f"uint32x{count}")
-                    T.buffer_store(held.buffer, vector, [T.ramp(first, 1, count)])
+            start, _, present = self.places[place]
+            with there(present):
+                for _, _, first, count in self.rows.pieces(start, T.int64(0)):
+                    at = T.bind(self.slot(stage, place, first, count))
+                    if count == 1:
+                        held[first] = self.raw[at]
+                    else:
+                        vector = self.raw.vload([at], f"uint32x{count}")
+                        T.buffer_store(held.buffer, vector, [T.ramp(first, 1, count)])
         self.put(step)
 
 

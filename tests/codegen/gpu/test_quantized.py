@@ -76,6 +76,7 @@ QUICK = [
     ("cuda:sm_90", QuantizedCase("int8", 34, 76, "bfloat16"), (1, 9, 200), 0),
     ("rocm:gfx942", QuantizedCase("int4-zp", 34, 192, "float16", out="float32"), (9, 64), 32),
     ("metal", QuantizedCase("int8", 64, 128, "bfloat16"), (1, 16), 0),
+    ("cuda:sm_90", QuantizedCase("int3", 34, 96, "float16"), (200,), None),  # more threads than a piece has runs
     ("metal", QuantizedCase("int3-zp", 34, 80, "float16"), (8, 9), None),
     ("metal", QuantizedCase("fp8", 33, 44, "float32"), (1, 9), None),
     ("metal", QuantizedCase("nf4", 33, 64, "float16"), (16,), None),
