@@ -146,6 +146,7 @@ class _WmmaCodes(CodeUnit, Amd):
     """RDNA's instructions take a lane's words and say of each operand whether it is signed, and whether to saturate."""
 
     intrinsic = "llvm.amdgcn.wmma.i32.16x16x16.iu8"
+    longest = 32  # of 64, with the fragments of x that a warp holds, registers don't suffice
     words: int  # of an instruction's operand
 
     def __init__(self, machine: Machine, offset: bool):

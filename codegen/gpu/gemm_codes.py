@@ -143,10 +143,12 @@ class Scaling:
         """
         each = self.period // self.unit.stride
         for first in range(0, strides, each):
+            self.unit.machine.in_turn()
             number = part * (strides // each) + first // each
             of_rows = self.of_rows(step, number, down)
             a = [[x(i, s) for s in range(first, first + each)] for i in range(down)]
             for j in range(across):
+                self.unit.machine.in_turn()
                 b = [w(j, s) for s in range(first, first + each)]
                 of_columns = self.of_columns(step, number, j)
                 for i in range(down):

@@ -117,9 +117,10 @@ def tile(operands: Operands, rows: RowMap, made: Plan, column_tile: Any) -> None
     # Every warp leaves its sums in shared memory; then a thread takes an output.
     if weight.table:
         m.barrier()
-    for i in range(batch * width):
-        total = m.warp_reduce(lambda a, b: a + b, T.bind(sums[i]))
-        with when(lane == 0):
+    # All before the first is stored: LLVM sinks sums past a branch, and keeps all that they are made of until then.
+    totals = [m.warp_reduce(lambda a, b: a + b, T.bind(sums[i])) for i in range(batch * width)]
+    with when(lane == 0):
+        for i, total in enumerate(totals):
             T.buffer_store(shared, total, [weight.table + warp * (batch * width) + i])
     m.barrier()
     out_width = columns.out_width // made.groups

@@ -233,6 +233,13 @@ class Machine:
         else:
             T.evaluate(T.tvm_storage_sync("warp"))
 
+    def in_turn(self) -> None:
+        """What stands after this is not begun before it. LLVM's scheduler brings loads of straight code to its
+        beginning, until registers don't suffice; the others weigh that.
+        """
+        if self.language == "amdgpu":
+            T.evaluate(T.call_llvm_intrin("void", "llvm.amdgcn.sched.barrier", T.int32(0)))
+
     # Lanes
 
     def shuffle_xor(self, x: Any, mask: int) -> Any:
