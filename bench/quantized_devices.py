@@ -2,6 +2,7 @@
 compared with transformers over the numbers that codes stand for, as of quantized.py.
 """
 
+from llmc.codegen.software_device import device
 from llmc.runtime import artifact
 from llmc.runtime.devices.gpu import GpuExecutor
 
@@ -20,6 +21,8 @@ TOLERANCE = {"float32": comparison.TOLERANCE, "float16": 0.02, "bfloat16": 0.1}
 
 def judge(name, scheme, work, dtype="float32"):
     """-> {"verdict", "errors" by target, "quantized"}. Activations are computed in dtype."""
+    for kind in ("cuda", "rocm", "metal"):  # before TVM asks, which keeps the device that is there: HIP's plugin, say
+        device.register_memory(kind)
     path, folder, facts, rounds = quantized.compiled(name, scheme, work, target=TARGETS, dtype=dtype)
     read, ids, want = checkpoints.read(folder)
     ids, want = ([given[i] for i in SEQUENCES] for given in (ids, want))
