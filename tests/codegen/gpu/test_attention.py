@@ -110,7 +110,8 @@ def test_matches_float64(kind, dtype, case):
 
 
 # Of a cache in 8 bits, values times their scales (of a latent: keys) are rounded once more on their way to matrix
-# units, as they are where they are stored in the dtype itself: by 2**-9 in bfloat16, 2**-12 in float16.
+# units, as they are where they are stored in the dtype itself: by 2**-9 in bfloat16, 2**-12 in float16. The truth
+# knows nothing of it: twice the roundings.
 QUANTIZED_BATCHES = (1, 3, 4)
 QUANTIZED = list(itertools.product(emission.EXECUTED, TOLERANCE, CASES, quantized_cache.KINDS))
 QUANTIZED_COVER = [
@@ -131,7 +132,8 @@ QUANTIZED_COVER = [
 def check_quantized(kind, dtype, case, cache):
     one = Case(kind, dtype, case, cache)
     for batch in (batches(case)[i] for i in QUANTIZED_BATCHES):
-        assert one.error(batch) < TOLERANCE[dtype], f"{kind}, {dtype}, {case}, {cache}, {batch}"
+        limit = TOLERANCE[dtype] * (1 if dtype == "float32" else 2)
+        assert one.error(batch) < limit, f"{kind}, {dtype}, {case}, {cache}, {batch}"
 
 
 @pytest.mark.parametrize(("kind", "dtype", "case", "cache"), QUANTIZED_COVER)
