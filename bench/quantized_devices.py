@@ -29,7 +29,7 @@ def judge(name, scheme, work, dtype="float32"):
     measure = comparison.error if dtype == "float32" and not rounds else quantized.median_error
     found = {entry.target: logits(path, entry, ids) for entry in artifact.read(path).targets}
     errors = {target: measure(got, want, read["spread"]) for target, got in found.items()}
-    limit = max(TOLERANCE[dtype], quantized.TOLERANCE["rounded"] if rounds else 0)
+    limit = max(TOLERANCE[dtype], quantized.TOLERANCE[rounds] if rounds else 0)
     return {"verdict": comparison.verdict(errors, limit), "errors": errors, "quantized": facts}
 
 

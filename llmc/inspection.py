@@ -33,7 +33,7 @@ class ArtifactReport:
             f"hidden size {model.get('hidden_size')}, vocabulary {model.get('vocab_size')}, "
             f"up to {model.get('max_context')} tokens",
             f"dtype     {model.get('dtype')} activations over {model.get('checkpoint_dtype')} weights",
-            *_quantization(model.get("quantization")),
+            *quantization_lines(model.get("quantization")),
             *calibration_lines(model.get("calibration")),
             *quality_lines(model.get("quality")),
             f"memory    weights {_size(manifest.memory['weights_bytes'])}, "
@@ -78,12 +78,14 @@ def _cache_words(model: dict[str, Any]) -> str:
     return f", in {kind} with a float32 scale for each token's head" if kind else ""
 
 
-def _quantization(facts: dict[str, Any] | None) -> list[str]:
+def quantization_lines(facts: dict[str, Any] | None) -> list[str]:
     """How weights are quantized, and which are not, and why."""
     if not facts:
         return []
     formats = ", ".join(f"{len(names)} in {format}" for format, names in facts["formats"].items())
     lines = [f"quantized {facts['scheme']}: {facts['bits_per_weight']:.3g} bits a weight; {formats}"]
+    if facts.get("activations"):
+        lines.append(f"  activations are rounded to {' and '.join(facts['activations'])} for these products")
     for reason, names in facts["kept"].items():
         shown = ", ".join(names[:3]) + (", …" if names[3:] else "")
         lines.append(f"  kept    {len(names)} as they are ({reason}): {shown}")

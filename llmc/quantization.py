@@ -91,12 +91,14 @@ class Plan:
     transposed: frozenset[str] = frozenset()
 
     def facts(self, weights: Mapping[str, Any], used: set[str]) -> dict[str, Any]:
-        """For the manifest: bits a weight over all matrices, weights by format, and what stays as it is, and why.
+        """For the manifest: bits a weight over all matrices, weights by format, what products round activations to, and
+        what stays as it is, and why.
 
         weights: the model's, by name. used: names of the weights and parts that the compiled programs take.
         """
         bits, count, kept = 0.0, 0, dict(self.kept)
         formats: dict[str, list[str]] = {}
+        rounded: set[str] = set()
         for name, weight in weights.items():
             if len(weight.shape) < 2 or "float" not in weight.dtype:
                 continue
@@ -107,6 +109,7 @@ class Plan:
                 own = format.bits_per_weight(depth)
                 bits += 32 * depth if f"{name}:inverse_scale" in used else 0
                 formats.setdefault(str(format), []).append(name)
+                rounded |= {format.rounds} if self.schemes[name].rounding(depth) is not None else set()
                 kept.pop(name, None)
             elif name in self.schemes:
                 kept[name] = "no product reads it row by row"
@@ -118,6 +121,7 @@ class Plan:
             "scheme": self.name,
             "bits_per_weight": round(bits / max(count, 1), 3),
             "formats": formats,
+            "activations": sorted(rounded),
             "kept": reasons,
         }
 

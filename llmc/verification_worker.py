@@ -32,8 +32,9 @@ CACHE_TOKENS = 512
 FILTERS = Sampling(temperature=0.8, top_k=50, top_p=0.9, min_p=0.01)
 # Unit roundoff of the activations' dtype: half the distance from 1 to the next number.
 ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
-# Between the codes of a cache in 8 bits: int8's of the largest number of a head, fp8's of the number itself.
+# Between codes of 8 bits: int8's of the largest number that shares their scale, fp8's of the number itself.
 STEP = {"int8": 2.0**-7, "fp8": 2.0**-3}
+PRODUCTS = 4  # of a layer, one after the other, that may read activations in 8 bits
 ROUNDINGS = 12  # of a layer's values on their way through it: norms, projections, rotation, attention, gate, sums
 
 
@@ -50,7 +51,7 @@ def steps_of(page_size: int) -> tuple[tuple[str, dict[str, int]], ...]:
     )
 
 
-def error_bound(dtype: str, layers: int, kv_cache: str | None = None) -> float:
+def error_bound(dtype: str, layers: int, kv_cache: str | None = None, activations: Sequence[str] = ()) -> float:
     """How far logits may be from the reference's, of their spread.
 
     float32: the orders of sums differ, nothing else: 1e-4. float16 and bfloat16: kernels and reference round at
@@ -59,10 +60,14 @@ def error_bound(dtype: str, layers: int, kv_cache: str | None = None) -> float:
     activations' size; twice that, as the largest of many logits is looked at. The spread is no less than their size.
 
     A cache in 8 bits (kv_cache): where keys differ by e, a share e / step of their numbers is coded a step further, in
-    the root of the mean square by sqrt(e · step).
+    the root of the mean square by sqrt(e · step). So do activations that products take in 8 bits (of what kinds), with
+    each product anew.
     """
     error = 1e-4 if dtype == "float32" else 2 * ROUNDOFF[dtype] * math.sqrt(2 * ROUNDINGS * layers)
-    return error + (math.sqrt(error * STEP[kv_cache]) if kv_cache else 0.0)
+    cached = math.sqrt(error * STEP[kv_cache]) if kv_cache else 0.0
+    return (
+        error + cached + max((math.sqrt(PRODUCTS * layers * error * STEP[kind]) for kind in activations), default=0.0)
+    )
 
 
 class ReferenceExecutor(HostLogits):
@@ -200,7 +205,9 @@ def work(folder: Path, target: str, host: str) -> dict[str, Any]:
     [entry] = [t for t in manifest.targets if (t.target, t.host) == (target, host)]
     executable, plain = placed(folder, entry)
     steps = expected_steps(ReferenceExecutor(plain, folder, manifest, entry), entry, int(manifest.model["vocab_size"]))
-    bound = error_bound(entry.dtype, int(manifest.model["layers"]), manifest.model.get("kv_cache"))
+    model = manifest.model
+    rounded = (model.get("quantization") or {}).get("activations", ())
+    bound = error_bound(entry.dtype, int(model["layers"]), model.get("kv_cache"), rounded)
     done: list[dict[str, Any]] = []
     found = {"bound": bound, "steps": done, "fault": ""}
     for invariant in (False, True) if "step_invariant" in entry.functions else (False,):

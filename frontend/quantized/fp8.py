@@ -7,7 +7,7 @@
   modelopt    with "quant_algo": "FP8": X.weight_scale, one number
 Their kernels round activations to 8-bit floats too (by X.input_scale, or token by token). Here weights alone are in 8
 bits: activations are read as they are, which is nearer to the model that was quantized. Rounding them is the price of
-products between 8-bit floats, which no scheme asks for yet; by a scale that is fixed it cuts off what exceeds it too.
+products between 8-bit floats (the scheme fp8-a8); by a scale that is fixed it cuts off what exceeds it too.
 """
 
 from collections.abc import Mapping

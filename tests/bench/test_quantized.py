@@ -13,6 +13,7 @@ from tests.bench.test_architectures import COVER as TYPES
 COVER = {
     "llama+yarn": "int4-g32-a8",
     "gpt2": "w8a8",  # weights stored [inputs, outputs]
+    "qwen2+window": "fp8-a8",
     "gemma2": "nf4",
     "gemma3": "int8",
     "phi3+longrope-long": "int8-g32:head=fp8",

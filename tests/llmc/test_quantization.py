@@ -198,7 +198,9 @@ def test_facts_count_bits_of_all_matrices():
     in_few = sum(s for n, s in sizes.items() if f"{n}:codes" in used)
     wanted = (4.5 * in_few + 32 * (sum(sizes.values()) - in_few)) / sum(sizes.values())
     assert facts["bits_per_weight"] == pytest.approx(wanted, abs=1e-3)
-    assert facts["formats"].keys() == {"int4-g32"}
+    assert facts["formats"].keys() == {"int4-g32"} and facts["activations"] == []
+    assert planned(decoder, "int4-a8:head=none").facts(weights, used)["activations"] == ["int8"]
+    assert planned(decoder, "fp8-a8:head=none").facts(weights, used)["activations"] == ["fp8"]
     assert facts["kept"] == {
         "asked for": ["embed_tokens.weight", "lm_head.weight"],
         "no product reads it row by row": ["layers.0.self_attn.o_proj.weight"],

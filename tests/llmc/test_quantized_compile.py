@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import llmc
+from llmc.inspection import quantization_lines
 from llmc.ir.decode import decode
 from llmc.passes import schemes
 
@@ -55,6 +56,12 @@ def test_logits_are_those_of_what_the_codes_stand_for(compiled):
     for logits, wanted in zip(found, expected, strict=True):
         # activations as 16-bit fixed point: see bench/quantized.py
         assert np.abs(logits - wanted).max() <= 5e-3 * wanted.std()
+
+
+def test_inspect_says_what_activations_are_rounded_to():
+    facts = {"scheme": "w8a8", "bits_per_weight": 8.3, "formats": {"int8": ["a", "b"]}, "kept": {}}
+    assert len(quantization_lines(facts | {"activations": []})) == 1
+    assert "activations are rounded to int8" in quantization_lines(facts | {"activations": ["int8"]})[1]
 
 
 def test_inspect_says_how_weights_are_stored_and_which_are_not(compiled):

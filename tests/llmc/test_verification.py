@@ -67,6 +67,8 @@ def test_bounds_grow_with_the_root_of_the_depth():
     assert error_bound("bfloat16", 16) == pytest.approx(2 * error_bound("bfloat16", 4))
     assert error_bound("float16", 4) < 0.01 < error_bound("bfloat16", 4) < 0.1
     assert error_bound("float32", 4, "int8") < 1e-3 < error_bound("float32", 4, "fp8") < 4e-3
+    assert error_bound("float32", 4, None, ["int8"]) < 4e-3 < error_bound("float32", 4, None, ["int8", "fp8"]) < 2e-2
+    assert error_bound("float32", 4, "int8", ["int8"]) > error_bound("float32", 4, None, ["int8"])
     assert error_bound("float16", 4, "int8") < 0.02 < error_bound("float16", 4, "fp8") < 0.05
 
 

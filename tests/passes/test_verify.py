@@ -179,6 +179,7 @@ def quantized_weights(module, weights, goal):
     [
         ("int4-g16-zp", verify.TOLERANCE["float32"]),
         ("int4-g16-a8", verify.ROUNDED_FLIPS["int8"]),
+        ("fp8-a8", verify.ROUNDED_FLIPS["fp8"]),
     ],
 )
 def test_a_quantized_program_is_verified_as_what_its_codes_stand_for(model, scheme, tolerance):
@@ -188,6 +189,7 @@ def test_a_quantized_program_is_verified_as_what_its_codes_stand_for(model, sche
     given = quantized_weights(module, weights, goal)
     verifier = verify.Verifier(module, given, goal)
     manager.run(module, goal, on_pass=verifier.on_pass)
+    assert (verifier.typical == verify.TOLERANCE["float32"]) == scheme.endswith("a8")
     assert verifier.tolerance == tolerance
 
 

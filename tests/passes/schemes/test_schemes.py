@@ -110,6 +110,7 @@ def test_rows_that_no_group_fills():
     assert schemes.parse("int4").format(40).group == 0
     assert schemes.parse("int4-g64-a8").rounding(96) == 32
     assert schemes.parse("w8a8").rounding(96) == 0
+    assert schemes.parse("fp8-a8").rounding(96) == 0 and schemes.parse("fp8-g128-a8").rounding(256) == 128
     assert schemes.parse("int4").rounding(96) is None
     with pytest.raises(ValueError, match="e2m1 has groups of 32, which do not fill rows of 48"):
         schemes.parse("mxfp4").format(48)
