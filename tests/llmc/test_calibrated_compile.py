@@ -3,13 +3,12 @@
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import llmc
-from llmc.quality.measure import windows
 from tests.frontend.conftest import make
+from tests.perplexity import perplexity
 
 TINY = Path(__file__).parents[1] / "data" / "tiny-python"
 SHAPE = {"vocab_size": 4096, "hidden_size": 128, "intermediate_size": 256}
@@ -53,16 +52,9 @@ def compiled(kind, folder, quantize, thorough):
     path = llmc.compile(folder, calibrate=text, quality=text, verify=thorough, output=folder / "a.llmc", **asked)
     paths = [path, llmc.compile(folder, quality="none", output=folder / "b.llmc", **asked)] if thorough else []
     with llmc.load(path) as model:
-        chosen = windows(model.tokenizer.encode(text.read_text(), add_special_tokens=False), 64)
-        surprise = count = 0
-        for window, logits in zip(chosen, model.logits([w.tokens.tolist() for w in chosen]), strict=True):
-            rows = logits[window.first - 1 : -1].astype("float64")
-            rows -= np.logaddexp.reduce(rows, axis=-1, keepdims=True)
-            ids = window.tokens[window.first :]
-            surprise -= rows[np.arange(len(ids)), ids].sum()
-            count += len(ids)
+        found, _ = perplexity(model, text.read_text(), 64)
     calls = [sum(k["calls"] for k in llmc.inspect(p).manifest.targets[0].kernels) for p in paths]
-    return dict(llmc.inspect(path).manifest.model), str(llmc.inspect(path)), float(np.exp(surprise / count)), calls
+    return dict(llmc.inspect(path).manifest.model), str(llmc.inspect(path)), found, calls
 
 
 CASES = [
@@ -75,13 +67,13 @@ CASES = [
 
 @pytest.mark.parametrize(("kind", "quantize", "names", "thorough"), CASES)
 def test_kernels_compute_what_calibration_chose(kind, quantize, names, thorough, tmp_path, isolated):
-    facts, shown, perplexity, calls = isolated(compiled, kind, tmp_path, quantize, thorough, timeout=500)
+    facts, shown, found, calls = isolated(compiled, kind, tmp_path, quantize, thorough, timeout=500)
     scaled = facts["calibration"]["scaled"]
     assert all(any(name in weight for weight in scaled) for name in names), scaled
     assert not any("o_proj" in weight for weight in scaled)
     assert len(set(calls)) == thorough, "a factor is no kernel"
     # what the evaluator says of the weights that were chosen is what the kernels give
-    assert perplexity == pytest.approx(facts["quality"]["perplexity"], rel=1e-3)
+    assert found == pytest.approx(facts["quality"]["perplexity"], rel=1e-3)
     assert abs(facts["quality"]["perplexity"] / facts["quality"]["unquantized"] - 1) > 1e-3
     count = facts["calibration"]["weights"]
     assert f"inputs scaled (AWQ) of {len(scaled)} of {count} weights" in shown

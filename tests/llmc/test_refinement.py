@@ -3,13 +3,12 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 import llmc
 from llmc.ir.errors import CompileError
-from llmc.quality.measure import windows
 from llmc.refinement import refined
+from tests.perplexity import perplexity
 
 TINY = Path(__file__).parents[1] / "data" / "tiny-python"
 
@@ -37,16 +36,9 @@ def test_quality_is_that_of_the_artifact(text, tmp_path):
     assert not (path / "encoded").exists()
     with llmc.load(path) as model:
         facts = model.info.model["quality"]
-        chosen = windows(model.tokenizer.encode(text.read_text(), add_special_tokens=False), 64)
-        surprise = tokens = 0
-        for window, logits in zip(chosen, model.logits([w.tokens.tolist() for w in chosen]), strict=True):
-            rows = logits[window.first - 1 : -1].astype("float64")
-            rows -= np.logaddexp.reduce(rows, axis=-1, keepdims=True)
-            ids = window.tokens[window.first :]
-            surprise -= rows[np.arange(len(ids)), ids].sum()
-            tokens += len(ids)
+        found, tokens = perplexity(model, text.read_text(), 64)
     assert facts["tokens"] == tokens and facts["window"] == 64 and facts["text"] == str(text)
-    assert facts["perplexity"] == pytest.approx(np.exp(surprise / tokens), rel=1e-3)
+    assert facts["perplexity"] == pytest.approx(found, rel=1e-3)
     assert 0 < facts["divergence"] < 0.1 and 0.8 < facts["agreement"] < 1
     shown = str(llmc.inspect(path))
     chosen = llmc.inspect(path).manifest.model["calibration"]
