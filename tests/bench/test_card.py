@@ -16,21 +16,9 @@ import pytest
 
 import llmc
 from llmc.bench import bundle
+from tests.configs import TINY_LLAMA
 
 CARD = Path(__file__).parent / "card"
-CONFIG = dict(
-    model_type="llama",
-    architectures=["LlamaForCausalLM"],
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    vocab_size=128,
-    max_position_embeddings=256,
-    tie_word_embeddings=True,
-)
 SCRIPT = """
 import json, sys
 from llmc.bench import gpu
@@ -47,7 +35,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_the_archive_beside_a_card(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "config.json").write_text(json.dumps(TINY_LLAMA))
     made = llmc.compile(tmp_path, "cuda:sm_90", weights="random", dtype="bfloat16", output=tmp_path / "model.llmc")
     with tarfile.open(bundle.bundle(tmp_path / "gpu.tar.gz", [made])) as archive:
         archive.extractall(tmp_path, filter="data")

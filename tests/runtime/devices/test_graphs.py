@@ -11,21 +11,9 @@ import llmc
 from llmc.runtime.artifact import StateGroup
 from llmc.runtime.devices import graphs
 from llmc.runtime.executor import Table
+from tests.configs import TINY_LLAMA
 
-CONFIG = dict(
-    model_type="llama",
-    architectures=["LlamaForCausalLM"],
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    vocab_size=128,
-    max_position_embeddings=64,
-    tie_word_embeddings=True,
-    initializer_range=0.1,
-)
+CONFIG = TINY_LLAMA | {"max_position_embeddings": 64, "initializer_range": 0.1}
 PROMPTS = [[5, 9, 77, 3], [100, 2], list(range(20, 40))]
 
 

@@ -14,21 +14,17 @@ from pathlib import Path
 
 import numpy as np
 
-CONFIG = dict(
-    model_type="llama",
-    architectures=["LlamaForCausalLM"],
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    vocab_size=128,
-    max_position_embeddings=256,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=False,
-    initializer_range=0.1,
-)
+from tests.configs import TINY_LLAMA
+
+CONFIG = TINY_LLAMA | {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-05,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.1,
+}
 SEQUENCES = [[5, 9, 77, 3], [100, 2], list(range(20, 40))]
 LETTERS = {"ptr addrspace(1)": "p", "i64": "l", "i32": "i", "float": "f"}
 TAGS = tuple(f"{index}.{axis}" for index in ("blockIdx", "threadIdx") for axis in "xyz")
