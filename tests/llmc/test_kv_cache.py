@@ -65,6 +65,16 @@ def test_random_weights(tmp_path):
         assert len(model.generate([1, 2, 3], max_tokens=4).token_ids) <= 4
 
 
+@pytest.mark.slow
+def test_beside_quantized_weights(tiny_python, tmp_path, isolated):
+    """Every pass and the library are verified; what both cost is about what each does."""
+    made = dict(quantize="int4", quality="none", verify=True)
+    path = llmc.compile(TINY_PYTHON, output=tmp_path / "a.llmc", kv_cache="int8", **made)
+    for name, (found, expected) in isolated(serve, str(path), timeout=300).items():
+        assert found == expected, name
+    assert abs(isolated(losses, str(path)).mean() - isolated(losses, str(tiny_python)).mean()) < 0.02 + LOSS["int8"]
+
+
 def test_an_unknown_cache_is_refused():
     with pytest.raises(llmc.CompileError, match="kv_cache='int4': expected 'int8' or 'fp8', or None for the activ"):
         llmc.compile(TINY_PYTHON, kv_cache="int4")
