@@ -85,6 +85,7 @@ class Verifier:
         self.short = range(len(lengths), len(lengths) + len(SHORT)) if rounds else range(0)
         lengths += SHORT if rounds else ()
         self.typical = float("inf")  # how far off the median of `short` may be
+        self.rounding = 0.0  # what rounding of activations may cost
         self.tokens = {i: rng.integers(0, vocabulary, n).astype("int32") for i, n in enumerate(lengths)}
         self.wanted = self.run(imported)
         self.spread = max(float(np.ptp(w.astype("float64"))) for w in self.wanted.values())
@@ -97,7 +98,7 @@ class Verifier:
             self.quantized(current, before, after)
             return
         found = self.run(after)
-        wrong = self.wrong(found, self.allowed(current))
+        wrong = self.wrong(found, self.allowed(current, self.tolerance), self.allowed(current, self.typical))
         if wrong is None:
             self.accept(current, found)
             return
@@ -114,9 +115,10 @@ class Verifier:
         kinds, own, moved = rounded_to(after), self.tolerance, 0.0
         if kinds:
             stirred = self.run(Stirred(after, STIRRED[self.dtype]).run())
-            moved = max(difference(stirred[s], found[s], self.spread) for s in self.tokens)
-            self.typical = max(ROUNDED[kind] for kind in kinds)
-        wrong = self.wrong(found, max([own, *(ROUNDED[kind] + 2 * moved for kind in kinds)]))
+            moved = min(1.0, max(difference(stirred[s], found[s], self.spread) for s in self.tokens))
+        self.rounding = max((ROUNDED[kind] for kind in kinds), default=0.0)
+        rounded = max(own, self.rounding)
+        wrong = self.wrong(found, rounded + 2 * moved, rounded)
         if wrong is not None:
             raise CompileError(self.words(current.name, wrong), pass_name=current.name, op="dequantize")
         if kinds:
@@ -125,9 +127,10 @@ class Verifier:
         self.kernels = KERNELS
         self.__dict__.pop("wanted_points", None)
 
-    def allowed(self, current: Pass) -> float:
-        """How far a pass may bring the program from what is wanted."""
-        return max(self.tolerance, LOSS[self.kv_cache]) if self.loses(current) and self.kv_cache else self.tolerance
+    def allowed(self, current: Pass, bound: float) -> float:
+        """How far a pass may bring the program from what is wanted, where others may by `bound`. What a cache in 8 bits
+        changes makes rounded activations others: they may cost once more what they did."""
+        return max(bound, LOSS[self.kv_cache] + self.rounding) if self.loses(current) and self.kv_cache else bound
 
     def loses(self, current: Pass) -> bool:
         """Does a pass round what the program computes with, on purpose?"""
@@ -140,16 +143,15 @@ class Verifier:
 
     def judge(self, found: Mapping[int, np.ndarray], what: str, *, stage: str) -> None:
         """Raises CompileError where logits [n, vocab] of the sequences, computed by `what`, are not those wanted."""
-        self.typical = max(self.typical, self.kernels)
-        wrong = self.wrong(found, max(self.tolerance, self.kernels))
+        wrong = self.wrong(found, max(self.tolerance, self.kernels), max(self.typical, self.kernels))
         if wrong is not None:
             raise CompileError(self.words(what, wrong), stage=stage)
 
-    def wrong(self, found: Mapping[int, np.ndarray], limit: float) -> Wrong | None:
-        """The sequence that is worst where it is further off than the limit, or the median one of `short` where that
-        is further off than usual; None where neither is."""
+    def wrong(self, found: Mapping[int, np.ndarray], limit: float, typical: float) -> Wrong | None:
+        """The worst sequence where that is further off than the limit, or the median one of `short` where that is
+        further off than is typical; None where neither is."""
         errors = {s: difference(found[s], self.wanted[s], self.spread) for s in self.tokens}
-        for sequences, rank, bound in ((self.tokens, -1, limit), (self.short, len(self.short) // 2, self.typical)):
+        for sequences, rank, bound in ((self.tokens, -1, limit), (self.short, len(self.short) // 2, typical)):
             ranked = sorted(sequences, key=lambda s: errors[s])
             if ranked and not errors[ranked[rank]] <= bound:
                 return Wrong(ranked[rank], errors[ranked[rank]], bound)

@@ -193,6 +193,31 @@ def test_a_quantized_program_is_verified_as_what_its_codes_stand_for(model, sche
     assert verifier.tolerance == tolerance
 
 
+@pytest.mark.slow
+def test_rounded_activations_beside_a_quantized_cache_are_verified(model):
+    module, weights = model
+    names = [n for n, use in weight_uses(module).items() if use.roles]
+    goal = replace(GOAL, schemes=dict.fromkeys(names, schemes.parse("int4-g16-a8")), kv_cache="int8")
+    verifier = verify.Verifier(module, quantized_weights(module, weights, goal), goal)
+    manager.run(module, goal, on_pass=verifier.on_pass)
+    assert verifier.typical == verify.TOLERANCE["float32"]
+
+
+def test_most_short_sequences_have_the_tight_bound():
+    verifier = verify.Verifier.__new__(verify.Verifier)
+    verifier.tokens, verifier.short, verifier.spread = dict.fromkeys(range(4)), range(1, 4), 1.0
+    verifier.wanted = {s: np.zeros((2, 3), "float32") for s in range(4)}
+
+    def wrong(*errors):
+        found = {s: np.full((2, 3), e, "float32") for s, e in enumerate(errors)}
+        return verifier.wrong(found, 1e-2, 1e-4)
+
+    assert wrong(5e-3, 5e-3, 0, 0) is None
+    assert wrong(5e-3, 5e-3, 1e-3, 0) == (2, pytest.approx(1e-3), 1e-4)
+    assert wrong(0, 2e-2, 0, 0) == (1, pytest.approx(2e-2), 1e-2)
+    assert wrong(0, np.nan, 0, 0) == (1, np.inf, 1e-2)
+
+
 def test_parts_that_are_read_wrongly_are_seen(model, monkeypatch):
     """A pass that takes the codes of zero for another: the fake-quantized program says so."""
     module, weights = model
