@@ -28,7 +28,7 @@ from llmc.quality.encoded import Array
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "tests" / "data" / "tiny-python"
-SCHEMES = "int8,w8a8,fp8,int4,int4:head=int4,int4-g128,int4-g32-a8,nf4-g64,mxfp4,int3-g32,auto:4.5"
+SCHEMES = "int8,w8a8,fp8,fp8-a8,int4,int4:head=int4,int4-g128,int4-g32-a8,nf4-g64,mxfp4,int3-g32,auto:4.5"
 GGUF = "Q4_0,Q4_0:pure,Q8_0,Q4_K_M"
 CALIBRATED = "int4,int3-g32,int4:head=int4,auto:4.5"
 # What gives an activation, and what reads it.
