@@ -78,3 +78,21 @@ def test_kernels_compute_what_calibration_chose(kind, quantize, names, thorough,
     count = facts["calibration"]["weights"]
     assert f"inputs scaled (AWQ) of {len(scaled)} of {count} weights" in shown
     assert f"calibrated on {tmp_path / 'text.py'}: rows rounded " in shown and "to second order (GPTQ)" in shown
+
+
+def scaled(folder, target):
+    text = publish("llama", folder)
+    made = dict(quantize="int4", calibrate=text, quality="none", max_context=64)
+    path = llmc.compile(folder, target, output=folder / "a.llmc", **made)
+    assert llmc.inspect(path).manifest.model["calibration"]["scaled"]
+    return path
+
+
+@pytest.mark.slow
+def test_scaled_weights_on_gpus(tmp_path, isolated):
+    """The factor before a product, in kernels of every family."""
+    targets = ("cuda:sm_90", "rocm:gfx942", "metal")
+    path = isolated(scaled, tmp_path, ",".join(targets), timeout=500)
+    for target in targets:
+        found = llmc.verify(path, target)
+        assert found.passed and found.bound == 1e-4, str(found)
