@@ -185,14 +185,18 @@ def inspect(
         print(report.render(kernels=kernels))
 
 
-@app.command()
+@app.command(epilog="[bold]Example[/]\n\nllmc verify model.llmc --target cuda:sm_90")
 def verify(
     artifact: Annotated[Path, typer.Argument(help="An artifact that llmc compile wrote.")],
     target: Annotated[str, typer.Option(help="One of the artifact's targets.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Run an artifact's kernels on the software device and compare them with the reference."""
     report = llmc.verify(artifact, target)
-    print(report)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        print(report)
     if not report.passed:
         raise typer.Exit(1)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ class Report:
     @property
     def passed(self) -> bool:
         return not self.fault and bool(self.steps) and all(step["error"] <= self.bound for step in self.steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields, and "passed"; the error of numbers that are not finite is None, as JSON has it."""
+        steps = [s | {"error": s["error"] if math.isfinite(s["error"]) else None} for s in self.steps]
+        return {**asdict(self), "steps": steps, "passed": self.passed}
 
     def __str__(self) -> str:
         lines = [f"{self.artifact}: {self.target}, {self.dtype}, {self.kernels} kernels, software device, strict"]

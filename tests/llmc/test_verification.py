@@ -1,6 +1,7 @@
 """llmc.verify: what it refuses, what it reports, and a whole model on the software device."""
 
 import dataclasses
+import json
 import zipfile
 
 import numpy as np
@@ -157,6 +158,17 @@ def test_exit_codes(found, code, tiny_python, monkeypatch, capsys):
         main(["verify", str(tiny_python), "--target", "metal"])
     assert (ended.value.code or 0) == code
     assert capsys.readouterr().out.splitlines()[-1] == ("passed" if code == 0 else "FAILED")
+
+
+def test_a_report_as_json(tiny_python, monkeypatch, capsys):
+    step = {"name": "decode", "tokens": 2, "error": float("inf"), "seconds": 0.1}
+    found = dataclasses.replace(report(), steps=(step,))
+    monkeypatch.setattr(llmc, "verify", lambda path, target: found, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", str(tiny_python), "--target", "metal", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert ended.value.code == 1 and told["passed"] is False and told["bound"] == found.bound
+    assert told["steps"] == [step | {"error": None}]
 
 
 def test_a_wrong_target_is_wrong_usage(tiny_python, capsys):
