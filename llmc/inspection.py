@@ -84,7 +84,7 @@ def quantization_lines(facts: dict[str, Any] | None) -> list[str]:
         return []
     formats = ", ".join(f"{len(names)} in {format}" for format, names in facts["formats"].items())
     lines = [f"quantized {facts['scheme']}: {facts['bits_per_weight']:.3g} bits a weight; {formats}"]
-    if facts.get("activations"):
+    if facts["activations"]:
         lines.append(f"  activations are rounded to {' and '.join(facts['activations'])} for these products")
     for reason, names in facts["kept"].items():
         shown = ", ".join(names[:3]) + (", …" if names[3:] else "")

@@ -85,6 +85,13 @@ def test_what_is_raised_is_the_error_of_its_scheme(tmp_path):
     assert nf4["verdict"] == "error" and "ValueError: no llama" in nf4["reason"] and int8 == {"verdict": "pass"}
 
 
+def test_tokens_are_judged_two_by_two():
+    from llmc.bench.quantized import pairs
+
+    found = pairs([np.arange(5), np.arange(10, 12), np.arange(20, 24)], count=5)
+    assert [pair.tolist() for pair in found] == [[0, 1], [2, 3], [4], [10, 11], [20, 21]]
+
+
 def test_the_median_error_sees_a_fault_of_most_rows():
     from llmc.bench.quantized import median_error
 

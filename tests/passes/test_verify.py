@@ -203,6 +203,19 @@ def test_rounded_activations_beside_a_quantized_cache_are_verified(model):
     assert verifier.typical == verify.TOLERANCE["float32"]
 
 
+@pytest.mark.parametrize(("stirred", "moved"), [(0.0, False), (0.3, True)])
+def test_what_a_stirred_program_moves_by_is_allowed(model, monkeypatch, stirred, moved):
+    module, weights = model
+    goal = replace(GOAL, schemes={"layers.0.down.weight": schemes.parse("int4-g16-a8")})
+    monkeypatch.setitem(verify.STIRRED, "float32", stirred)
+    verifier = verify.Verifier(module, quantized_weights(module, weights, goal), goal, lengths=[3])
+    first, second = PIPELINE[:2]
+    stages = (first, Stage("weights", second.passes[:2], first.form))
+    manager.run(module, goal, stages=stages, on_pass=verifier.on_pass)
+    assert verifier.typical == verify.TOLERANCE["float32"]  # activations are rounded, then
+    assert (verifier.tolerance > verify.ROUNDED_FLIPS["int8"]) == moved
+
+
 def test_most_short_sequences_have_the_tight_bound():
     verifier = verify.Verifier.__new__(verify.Verifier)
     verifier.tokens, verifier.short, verifier.spread = dict.fromkeys(range(4)), range(1, 4), 1.0
